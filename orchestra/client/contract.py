@@ -1,0 +1,111 @@
+"""What faces (FUSE, fsspec, torch, gateway, command line) use; `orchestra.testing.client.ClientSuite` proves it.
+
+A client belongs to no thread and no loop: any thread of any process that inherited it by fork may call it. Calls whose
+name ends in `_cached` never wait and never send a message; the others may ask the node daemon.
+Errors are those of `orchestra.errors`; paths are absolute ("/imagenet/a.jpg"), "/" is the root, a trailing slash is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from orchestra.values import Entry
+
+
+class DirectoryView(Protocol):
+    """The entries of one directory at one moment, sorted by name in code point order; immutable, holds no lock."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Entry: ...
+
+    def __iter__(self) -> Iterator[Entry]: ...
+
+    def find(self, name: str) -> Entry | None:
+        """Return the entry with that name in O(log n), or None."""
+        ...
+
+
+class Handle(Protocol):
+    """One version of one object, opened for reading; a rewritten object is another version and never seen here."""
+
+    @property
+    def entry(self) -> Entry:
+        """What was opened; its version is the one that is read."""
+        ...
+
+    def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
+        """Fill `buffer` from `offset`, fetching what is missing; return the bytes read, fewer only at the end of the
+        object. Raises StaleObjectError, StoreError. Thread-safe; blocks."""
+        ...
+
+    def readinto_cached(self, offset: int, buffer: bytearray | memoryview) -> int | None:
+        """The same if every byte is on this node's disk, else None. Never waits for the store or the daemon."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`readinto` into fresh bytes; b"" at and past the end."""
+        ...
+
+    def backing_fd(self) -> int | None:
+        """Return a descriptor of the local file that holds exactly this object's bytes, complete, or None.
+
+        The handle owns the descriptor; it stays valid (also after eviction) until `close`. This is what FUSE
+        passthrough and mmap use.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release descriptors. Idempotent."""
+        ...
+
+
+class Client(Protocol):
+    """The namespace as this node sees it."""
+
+    def stat(self, path: str, *, refresh: bool = False) -> Entry:
+        """Return the entry, no older than the mount's freshness (`refresh`: as it is now). Raises NotFoundError."""
+        ...
+
+    def stat_cached(self, path: str) -> Entry | None:
+        """Return the entry if it is known and fresh, None if that is not known. Raises NotFoundError if it is known
+        (and fresh) that nothing is there."""
+        ...
+
+    def list(self, path: str, *, refresh: bool = False) -> DirectoryView:
+        """Return the directory's entries. Raises NotFoundError, NotADirectoryPathError."""
+        ...
+
+    def list_cached(self, path: str) -> DirectoryView | None:
+        """Return the entries if they are known and fresh, else None."""
+        ...
+
+    def freshness_s(self, path: str) -> float:
+        """Return how long what is known about `path` may be used without asking: the mount's freshness in seconds
+        (inf for `immutable`, 0 for `strict`). Kernel entry and attribute timeouts follow it."""
+        ...
+
+    def open(self, path: str, *, entry: Entry | None = None) -> Handle:
+        """Open the object's current version (or the version of `entry`, without looking again).
+
+        Raises NotFoundError, IsADirectoryPathError. Reads nothing yet.
+        """
+        ...
+
+    def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes [start, stop) of the object, cut at its end."""
+        ...
+
+    def read_many(self, paths: Sequence[str]) -> list[bytes]:
+        """Return the whole contents of many (small) objects, missing ones fetched at the same time."""
+        ...
+
+    @property
+    def messages_sent(self) -> int:
+        """How many requests this process sent to the daemon; 0 for a warm read."""
+        ...
+
+    def close(self) -> None:
+        """Close connections and descriptors. Idempotent; the client may be used again and then reconnects."""
+        ...

@@ -1,0 +1,1 @@
+"""See DESIGN section 8; each module says what it owns."""
