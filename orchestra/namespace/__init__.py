@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""Stage 1 of the data path: path -> location. Knows nothing of metadata, blocks or fetching."""

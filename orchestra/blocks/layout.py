@@ -1,0 +1,188 @@
+"""Where things lie in the cache directory, and whether a directory may be one.
+
+    orchestra-cache.json   marker: format, geometry; without it a non-empty directory is refused
+    daemon.lock            held by the one daemon that owns the directory
+    namespace.json         the published mount table (see client)
+    extents/ab/<digest>             a small object, sealed
+    extents/ab/<digest>.<n>.ext     extent n of a larger object;  .map beside it
+    listings/ab/<hash>  attrs/ab/<hash>      see metadata
+    accesses/<pid>-<random>         access rings of readers (see observe)
+    tmp/                   unfinished files, emptied at start
+    index.sqlite3          the daemon's accounts; losing it loses no bytes
+
+Names are hashes: nothing that a store calls a key ever becomes a path here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.errors import CacheDirectoryError
+
+MARKER = "orchestra-cache.json"
+CACHE_FORMAT = 1
+_FOLDERS = ("extents", "listings", "attrs", "accesses", "tmp")
+# sockaddr_un.sun_path is 108 bytes with its NUL.
+SOCKET_PATH_LIMIT_BYTES = 107
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Paths below one cache directory."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "daemon.lock"
+
+    @property
+    def namespace(self) -> Path:
+        return self.root / "namespace.json"
+
+    @property
+    def added_mounts(self) -> Path:
+        return self.root / "mounts.json"
+
+    @property
+    def accesses(self) -> Path:
+        return self.root / "accesses"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / "tmp"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.sqlite3"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "daemon.log"
+
+    @property
+    def socket(self) -> Path:
+        """The daemon's unix socket; in the system's temporary folder if the cache directory's path is too long."""
+        path = self.root / "daemon.sock"
+        if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT_BYTES:
+            return path
+        name = xxhash.xxh3_64_hexdigest(os.fsencode(self.root))
+        return Path(tempfile.gettempdir()) / f"orchestra-{os.getuid()}" / f"{name}.sock"
+
+    def small_file(self, digest: str) -> str:
+        """Path of a small object's file."""
+        return f"{self.root}/extents/{digest[:2]}/{digest}"
+
+    def extent_file(self, digest: str, extent_index: int) -> str:
+        """Path of an extent's bytes."""
+        return f"{self.root}/extents/{digest[:2]}/{digest}.{extent_index}.ext"
+
+    def map_file(self, digest: str, extent_index: int) -> str:
+        """Path of an extent's presence map."""
+        return f"{self.root}/extents/{digest[:2]}/{digest}.{extent_index}.map"
+
+    def listing_file(self, name: str) -> str:
+        """Path of a directory's listing."""
+        return f"{self.root}/listings/{name[:2]}/{name}"
+
+    def attr_file(self, name: str) -> str:
+        """Path of the record of one key."""
+        return f"{self.root}/attrs/{name[:2]}/{name}"
+
+
+def prepare(root: Path, geometry: Geometry) -> tuple[CacheLayout, Geometry]:
+    """Make `root` a cache directory, or accept one; return its layout and the geometry it was made with.
+
+    Raises CacheDirectoryError in one sentence: relative, not a directory, parent missing, not writable, writable by
+    others or owned by another user, not empty and not ours, made by a newer orchestra.
+    """
+    if not root.is_absolute():
+        raise CacheDirectoryError(f"cache.dir {root} is not absolute")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CacheDirectoryError(f"cache.dir {root} is a file, not a directory") from error
+    except NotADirectoryError as error:
+        raise CacheDirectoryError(f"cache.dir {root}: a parent is a file") from error
+    except OSError as error:
+        raise CacheDirectoryError(f"cache.dir {root} cannot be made: {error.strerror}") from error
+    check_owner(root)
+    geometry = _read_or_write_marker(root, geometry)
+    try:
+        for folder in _FOLDERS:
+            (root / folder).mkdir(mode=0o700, exist_ok=True)
+        for folder in ("extents", "listings", "attrs"):
+            for number in range(256):
+                (root / folder / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CacheDirectoryError(f"cache.dir {root} is not writable: {error.strerror}") from error
+    return CacheLayout(root), geometry
+
+
+def check_owner(root: Path) -> None:
+    """Raise CacheDirectoryError if others could plant bytes in `root`."""
+    info = root.stat()
+    if info.st_uid != os.getuid():
+        raise CacheDirectoryError(
+            f"refusing cache directory {root}: it belongs to uid {info.st_uid}, not {os.getuid()}"
+        )
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CacheDirectoryError(f"refusing cache directory {root}: writable by others; run: chmod 700 {root}")
+
+
+def read_geometry(root: Path) -> Geometry | None:
+    """Return the geometry of an existing cache directory, None if there is none yet."""
+    try:
+        raw = json.loads((root / MARKER).read_bytes())
+        return Geometry(int(raw["block_size_bytes"]), int(raw["extent_size_bytes"]))
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheDirectoryError(f"{root / MARKER} is damaged; empty the directory {root} to start afresh") from error
+
+
+def _read_or_write_marker(root: Path, geometry: Geometry) -> Geometry:
+    marker = root / MARKER
+    existing = read_geometry(root)
+    if existing is not None:
+        made_by = json.loads(marker.read_bytes()).get("format")
+        if made_by != CACHE_FORMAT:
+            raise CacheDirectoryError(
+                f"cache directory {root} has format {made_by}, this orchestra reads {CACHE_FORMAT}; use another cache.dir"
+            )
+        return existing
+    if any(root.iterdir()):
+        raise CacheDirectoryError(
+            f"{root} is not empty and holds no {MARKER}: not an orchestra cache; use another cache.dir"
+        )
+    text = {
+        "format": CACHE_FORMAT,
+        "block_size_bytes": geometry.block_size_bytes,
+        "extent_size_bytes": geometry.extent_size_bytes,
+    }
+    try:
+        temporary = marker.with_suffix(".tmp")
+        temporary.write_text(json.dumps(text))
+        temporary.rename(marker)
+    except OSError as error:
+        raise CacheDirectoryError(f"cache.dir {root} is not writable: {error.strerror}") from error
+    return geometry
+
+
+def empty_tmp(layout: CacheLayout) -> int:
+    """Remove what an earlier daemon left unfinished; return how many files."""
+    count = 0
+    for entry in os.scandir(layout.tmp):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(entry.path)
+            count += 1
+    return count
