@@ -1,6 +1,7 @@
 """Settings: plain values, and how they are read from `orchestra.toml` and the environment.
 
-Owns: the table of keys, their defaults, limits and messages. Leaves to others: expanding `${VAR}` in mount options
+Owns: the settings, their defaults, and the names `load_config` and `expand_variables`. How they are read (the table of
+keys, limits, messages) is in `config_file` and `config_mounts`. Leaves to others: calling `expand_variables`
 (namespace, at mount time, so that secrets are never held here) and everything that settings are for.
 """
 
@@ -34,7 +35,10 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class MountConfig:
-    """One `[[mount]]`. `options` are as written (`${VAR}` not expanded); `freshness_s` is inf for "immutable", 0 for "strict"."""
+    """One `[[mount]]`. `options` are as written (`${VAR}` not expanded).
+
+    `freshness_s` is inf for "immutable", 0 for "strict".
+    """
 
     path: str
     uris: tuple[str, ...]
@@ -72,3 +76,26 @@ class Config:
     daemon: DaemonConfig = DaemonConfig()
     fetch: FetchConfig = FetchConfig()
     source: Path | None = None
+
+
+def load_config(path: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """Return the settings of the first of: `path`, $ORCHESTRA_CONFIG, ./orchestra.toml, the user's config folder.
+
+    No file at all means defaults; `environ` (None: the process's own) overrides single keys by ORCHESTRA_<TABLE>_<KEY>.
+    Raises ConfigError with one line that names file, key, value and what is allowed. `${VAR}` in mount options is
+    checked but not expanded.
+    """
+    from orchestra.config_file import load
+
+    return load(path, environ)
+
+
+def expand_variables(text: str, environ: Mapping[str, str], where: str) -> str:
+    """Return `text` with each `${NAME}` replaced by that variable, once: what a variable holds is not expanded again.
+
+    `$${` stands for a plain `${`. Raises ConfigError that names the missing variable and `where` ("mount /x option
+    secret").
+    """
+    from orchestra.config_mounts import expand
+
+    return expand(text, environ, where)
