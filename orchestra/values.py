@@ -76,7 +76,10 @@ class ObjectId:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in the namespace, as `ls` and `stat` show it. `path` is absolute; directories have size 0, version ""."""
+    """One name in the namespace, as `ls` and `stat` show it.
+
+    `path` is absolute; a directory has size 0 and version "".
+    """
 
     path: str
     kind: EntryKind

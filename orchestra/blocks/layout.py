@@ -157,7 +157,7 @@ def _read_or_write_marker(root: Path, geometry: Geometry) -> Geometry:
         made_by = json.loads(marker.read_bytes()).get("format")
         if made_by != CACHE_FORMAT:
             raise CacheDirectoryError(
-                f"cache directory {root} has format {made_by}, this orchestra reads {CACHE_FORMAT}; use another cache.dir"
+                f"cache {root} has format {made_by}, this orchestra reads {CACHE_FORMAT}: use another cache.dir"
             )
         return existing
     if any(root.iterdir()):

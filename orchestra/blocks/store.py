@@ -1,7 +1,7 @@
 """Writing, verifying and evicting blocks; the daemon's side of the cache directory.
 
-Covers: publishing bytes so that a crash between any two system calls leaves either the right bytes or none; what is held
-after a restart. Does not cover: reading (reader), fetching, which bytes to fetch (engine).
+Covers: publishing bytes so that a crash between any two system calls leaves either the right bytes or none; what is
+held after a restart. Does not cover: reading (reader), fetching, which bytes to fetch (engine).
 
 All methods are synchronous and touch only the local disk; they are thread-safe: bytes move outside the lock, names and
 accounts change inside it.
@@ -49,6 +49,13 @@ class _Filling:
     marks: PresenceMap
     absent_count: int
     users: int = 0
+    is_retired: bool = False  # evicted while a thread was writing: the last user closes it
+
+    def close(self) -> None:
+        """Release the descriptor and the mapping; only when nobody uses them."""
+        assert not self.users, "a descriptor in use must not be closed: its number may be another file's next"
+        os.close(self.fd)
+        self.marks.detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,12 @@ class BlockStore:
             self._disk.close(fd)
 
     def _write_into_extent(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
+        crc = crc32c.crc32c(data)
+        while not self._try_write_into_extent(digest, size_bytes, block_index, data, crc):
+            log.info("extent of %s was removed while block %d was written; writing it again", digest, block_index)
+
+    def _try_write_into_extent(self, digest: str, size_bytes: int, block_index: int, data: Buffer, crc: int) -> bool:
+        """Write and mark; False if the extent was removed meanwhile."""
         extent_index = block_index // self._geometry.blocks_per_extent
         name = f"{digest}.{extent_index}"
         with self._lock:
@@ -191,22 +204,26 @@ class BlockStore:
             offset = (block_index - filling.marks.header.first_block) * self._geometry.block_size_bytes
             self._disk.write_at(filling.fd, data, offset)
             with self._lock:
-                if not filling.marks.is_present(block_index):
-                    filling.marks.set_present(block_index, crc32c.crc32c(data))
+                if not filling.is_retired and not filling.marks.is_present(block_index):
+                    filling.marks.set_present(block_index, crc)
                     filling.absent_count -= 1
                     if not filling.absent_count:
                         filling.marks.set_complete()
+                return not filling.is_retired
         finally:
             with self._lock:
                 filling.users -= 1
-                if not filling.users and (not filling.absent_count or len(self._filling) > _OPEN_EXTENTS_MAX):
+                is_done = not filling.absent_count or len(self._filling) > _OPEN_EXTENTS_MAX
+                if not filling.users and filling.is_retired:
+                    filling.close()
+                elif not filling.users and is_done:
                     self._stop_filling(name)
 
     def _start_filling(self, digest: str, size_bytes: int, extent_index: int) -> _Filling:
         name = f"{digest}.{extent_index}"
-        filling = self._resume_extent(digest, size_bytes, extent_index) or self._new_extent(
-            digest, size_bytes, extent_index
-        )
+        filling = self._resume_extent(digest, size_bytes, extent_index)
+        if filling is None:
+            filling = self._new_extent(digest, size_bytes, extent_index)
         self._filling[name] = filling
         return filling
 
@@ -258,8 +275,10 @@ class BlockStore:
 
     def _stop_filling(self, name: str) -> None:
         filling = self._filling.pop(name)
-        os.close(filling.fd)
-        filling.marks.detach()
+        if filling.users:
+            filling.is_retired = True
+        else:
+            filling.close()
 
     # -- removing --------------------------------------------------------------------------------------------------
 
