@@ -1,0 +1,100 @@
+"""`orchestra daemon`: the node daemon's life from the command line.
+
+Owns: what is printed. Leaves to others: running it (daemon.main), starting and asking it (client.process).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestra.cli.output import print_fields, print_json
+from orchestra.cli.session import Session, pass_session
+from orchestra.config import Config
+from orchestra.errors import DaemonUnavailableError
+from orchestra.units import format_duration, format_size
+
+
+@click.group()
+def daemon() -> None:
+    """Run, start, stop and ask the node daemon."""
+
+
+@daemon.command()
+@click.option("--autostarted", is_flag=True, hidden=True)
+@pass_session
+def run(session: Session, autostarted: bool) -> None:
+    """Run the daemon in the foreground until it is told to stop."""
+    from orchestra.daemon.main import run as run_daemon
+
+    config = session.config
+    _warn_of_size(config)
+    run_daemon(config, autostarted=autostarted)
+
+
+@daemon.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the daemon's status as JSON.")
+@pass_session
+def start(session: Session, as_json: bool) -> None:
+    """Start the daemon in the background and wait until it answers."""
+    from orchestra.client.process import daemon_status, start_daemon
+
+    config = session.config
+    status = daemon_status(config)
+    word = "running already" if status is not None else "started"
+    if status is None:
+        _warn_of_size(config)
+        status = start_daemon(config)
+    if as_json:
+        print_json(status)
+    else:
+        click.echo(f"{word} (pid {status['pid']}, socket {status['socket']})")
+
+
+@daemon.command()
+@pass_session
+def stop(session: Session) -> None:
+    """Stop the daemon; nothing to do if none runs."""
+    from orchestra.client.process import stop_daemon
+
+    click.echo("stopped" if stop_daemon(session.config) else "no daemon was running")
+
+
+@daemon.command()
+@click.option("--json", "as_json", is_flag=True, help="Print exact numbers as JSON.")
+@pass_session
+def status(session: Session, as_json: bool) -> None:
+    """Show the running daemon; exit status 1 if none runs."""
+    from orchestra.client.process import daemon_status
+
+    config = session.config
+    answer = daemon_status(config)
+    if answer is None:
+        raise DaemonUnavailableError(
+            f"no daemon runs for the cache directory {config.cache.dir}; start it with: orchestra daemon start"
+        )
+    if as_json:
+        print_json(answer)
+    else:
+        print_fields(_status_fields(answer))
+
+
+def _status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    used, capacity = answer["used_bytes"], answer["capacity_bytes"]
+    return [
+        ("pid", str(answer["pid"])),
+        ("version", str(answer["version"])),
+        ("socket", str(answer["socket"])),
+        ("cache directory", str(answer["cache_dir"])),
+        ("cached", f"{format_size(used)} of {format_size(capacity)}"),
+        ("up for", format_duration(answer["uptime_s"])),
+    ]
+
+
+def _warn_of_size(config: Config) -> None:
+    from orchestra.config_file import size_warning
+
+    warning = size_warning(config)
+    if warning is not None:
+        click.echo(f"orchestra: warning: {warning}", err=True)

@@ -1,0 +1,295 @@
+"""`orchestra ls, cat, stat, du, cp` and the refusals of `rm` and `mkdir`: files of the namespace.
+
+Owns: walking, what is printed, names on the local side of `cp`. Leaves to others: everything about data (client).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestra.cli.output import (
+    entry_fields,
+    entry_line,
+    format_mtime,
+    format_percent,
+    print_fields,
+    print_json,
+    print_lines,
+    print_table,
+    printable,
+)
+from orchestra.cli.session import Session, pass_session
+from orchestra.client.contract import Client
+from orchestra.client.export import export_file, read_pieces
+from orchestra.config_mounts import uri_without_password
+from orchestra.errors import IsADirectoryPathError, NotFoundError, OrchestraError, ReadOnlyError
+from orchestra.units import format_size
+from orchestra.values import Entry
+
+# Copies of `cp -r` in flight: hides a store's latency for small files, and stays far below the limit of open files.
+COPIES_AT_ONCE_MAX = 16
+# Copies handed out before waiting for them, so that a tree of any size takes bounded memory.
+COPIES_BATCH = 1024
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print exact values as JSON.")
+
+
+def walk(client: Client, root: Entry) -> Iterator[Entry]:
+    """Yield `root` and everything below it, a directory before what it holds, names in order."""
+    pending = [root]
+    while pending:
+        entry = pending.pop()
+        yield entry
+        if entry.is_directory:
+            pending.extend(reversed(list(client.list(entry.path))))
+
+
+@click.command()
+@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.option("-l", "long", is_flag=True, help="Show sizes and times too.")
+@click.option("-R", "--recursive", is_flag=True, help="List what is below, too.")
+@_json_option
+@pass_session
+def ls(session: Session, paths: tuple[str, ...], long: bool, recursive: bool, as_json: bool) -> None:
+    """List folders and files."""
+    client = session.client
+    roots = [client.stat(path) for path in paths or ("/",)]
+    if as_json:
+        print_json([entry_fields(entry) for root in roots for entry in _listed(client, root, recursive)])
+        return
+    files = [root for root in roots if not root.is_directory]
+    print_lines(entry_line(entry, entry.path, long=long) for entry in files)
+    folders = [root for root in roots if root.is_directory]
+    headed = recursive or len(roots) > 1
+    first = not files
+    for root in folders:
+        for folder in walk(client, root) if recursive else [root]:
+            if not folder.is_directory:
+                continue
+            if headed:
+                print_lines([f"{'' if first else chr(10)}{printable(folder.path)}:"])
+            first = False
+            print_lines(entry_line(entry, entry.name, long=long) for entry in client.list(folder.path))
+
+
+def _listed(client: Client, root: Entry, recursive: bool) -> Iterator[Entry]:
+    if not root.is_directory:
+        yield root
+    elif recursive:
+        yield from islice(walk(client, root), 1, None)
+    else:
+        yield from client.list(root.path)
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@pass_session
+def cat(session: Session, paths: tuple[str, ...]) -> None:
+    """Write files to standard output."""
+    for path in paths:
+        handle = session.client.open(path)
+        try:
+            for piece in read_pieces(handle):
+                sys.stdout.buffer.write(piece)
+        finally:
+            handle.close()
+    sys.stdout.buffer.flush()
+
+
+@click.command()
+@click.argument("path")
+@_json_option
+@pass_session
+def stat(session: Session, path: str, as_json: bool) -> None:
+    """Show what is known about a path, and how much of it is cached."""
+    client = session.client
+    entry = client.stat(path)
+    cached_bytes = client.cached_bytes(entry)
+    node = f"this node ({client.config.cache.dir})"
+    mount = _mount_of(session, entry.path)
+    if as_json:
+        where = [node] if cached_bytes else []
+        percent = 100 * cached_bytes / entry.size_bytes if entry.size_bytes else None
+        cached = {"cached_bytes": cached_bytes, "cached_percent": percent, "where": where}
+        print_json({**entry_fields(entry), **cached, "mount": mount and mount[0], "uris": mount and mount[1]})
+        return
+    fields = [("path", entry.path), ("type", "directory" if entry.is_directory else "file")]
+    if not entry.is_directory:
+        of = f"{format_size(cached_bytes)} ({format_percent(cached_bytes, entry.size_bytes)})"
+        fields += [
+            ("size", f"{format_size(entry.size_bytes)} ({entry.size_bytes} bytes)"),
+            ("version", entry.version),
+            ("modified", _exact_time(entry.mtime_ns)),
+            ("cached", of),
+            ("where", node if cached_bytes else "the store only"),
+        ]
+    if mount is not None:
+        fields.append(("store", f"{' '.join(mount[1])} (mounted at {mount[0]})"))
+    print_fields(fields)
+
+
+def _exact_time(mtime_ns: int) -> str:
+    if mtime_ns == 0:
+        return format_mtime(mtime_ns)
+    return datetime.fromtimestamp(mtime_ns // 10**9, UTC).astimezone().isoformat(sep=" ")
+
+
+def _mount_of(session: Session, path: str) -> tuple[str, list[str]] | None:
+    """Return the mount that covers `path` and its stores: the longest prefix."""
+    tables: list[dict[str, Any]] = session.client.daemon_request("GET", "/v1/mounts")["mounts"]
+    covering = [
+        table for table in tables if table["path"] == "/" or f"{path}/".startswith(f"{table['path'].rstrip('/')}/")
+    ]
+    if not covering:
+        return None
+    best = max(covering, key=lambda table: len(table["path"]))
+    return best["path"], [uri_without_password(uri) for uri in best["uris"]]
+
+
+@click.command()
+@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.option("-s", "--summarize", is_flag=True, help="Only the total of each PATH.")
+@_json_option
+@pass_session
+def du(session: Session, paths: tuple[str, ...], summarize: bool, as_json: bool) -> None:
+    """Show how many bytes a tree has, and how many of them are cached."""
+    rows = [row for path in paths or ("/",) for row in _usage(session, path, summarize)]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("SIZE", "CACHED", "", "FILES", "PATH"),
+        [
+            (
+                format_size(row["bytes"]),
+                format_size(row["cached_bytes"]),
+                format_percent(row["cached_bytes"], row["bytes"]),
+                str(row["files"]),
+                row["path"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def _usage(session: Session, path: str, summarize: bool) -> list[dict[str, Any]]:
+    """Return one row per directory below `path`, what it holds before itself, or one row for `path` alone."""
+    client = session.client
+    root = client.stat(path)
+    rows: dict[str, dict[str, Any]] = {}
+    for entry in walk(client, root):
+        if (entry.is_directory and not summarize) or entry is root:
+            rows[entry.path] = {"path": entry.path, "files": 0, "bytes": 0, "cached_bytes": 0}
+        if entry.is_directory:
+            continue
+        cached_bytes = client.cached_bytes(entry)
+        for ancestor in _path_and_parents(entry.path):
+            row = rows.get(ancestor)
+            if row is not None:
+                row["files"] += 1
+                row["bytes"] += entry.size_bytes
+                row["cached_bytes"] += cached_bytes
+    return list(reversed(rows.values()))
+
+
+def _path_and_parents(path: str) -> Iterator[str]:
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
+    yield "/"
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.option("-r", "-R", "--recursive", is_flag=True, help="Copy a folder and everything below it.")
+@pass_session
+def cp(session: Session, source: str, target: str, recursive: bool) -> None:
+    """Copy a file, or a folder with -r, to this machine.
+
+    SRC is a path of the namespace (/imagenet/a.jpg), DST a local file or folder. A local file is replaced in one step.
+    """
+    if not source.startswith(("/", "orchestra://")) or target.startswith("orchestra://"):
+        raise ReadOnlyError(
+            f"cannot copy {source} to {target}: this version reads the namespace, and cannot write to it"
+        )
+    client = session.client
+    path = "/" + source.removeprefix("orchestra://").lstrip("/") if source.startswith("orchestra://") else source
+    try:
+        root = client.stat(path)
+    except NotFoundError as error:
+        if Path(source).exists():
+            raise ReadOnlyError(
+                f"cannot copy the local {source} to {target}: this version reads the namespace, and cannot write to it"
+            ) from error
+        raise
+    if root.is_directory and not recursive:
+        raise IsADirectoryPathError(f"{root.path} is a folder; copy it with: orchestra cp -r")
+    destination = Path(target)
+    if destination.is_dir():
+        destination = destination / root.name
+    elif target.endswith("/") and not root.is_directory:
+        raise OrchestraError(f"cannot write {target}: no such folder")
+    _copy_tree(client, root, destination)
+
+
+def _copy_tree(client: Client, root: Entry, destination: Path) -> None:
+    files = _make_folders(client, root, destination)
+    executor = ThreadPoolExecutor(COPIES_AT_ONCE_MAX, thread_name_prefix="orchestra-cp")
+    try:
+        while batch := list(islice(files, COPIES_BATCH)):
+            for _ in executor.map(lambda copy: _copy_file(client, *copy), batch):
+                pass
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _make_folders(client: Client, root: Entry, destination: Path) -> Iterator[tuple[Entry, Path]]:
+    """Make the local folder of each directory below `root` and yield each file with its local path."""
+    for entry in walk(client, root):
+        below = entry.path[len(root.path) :].strip("/")
+        # A key of a store may be named so; here it would write outside the destination.
+        if any(part in ("", ".", "..") for part in below.split("/") if below) or "\0" in below:
+            raise OrchestraError(f"refusing to copy {entry.path}: its name would leave {destination}")
+        local = destination / below if below else destination
+        if not entry.is_directory:
+            yield entry, local
+            continue
+        try:
+            local.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OrchestraError(f"cannot make the folder {local}: {error.strerror}") from error
+
+
+def _copy_file(client: Client, entry: Entry, local: Path) -> None:
+    try:
+        export_file(client, entry, local)
+    except OSError as error:
+        if isinstance(error, OrchestraError):
+            raise
+        raise OrchestraError(f"cannot write {os.fspath(local)}: {error.strerror or error}") from error
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("-r", "-R", "--recursive", is_flag=True, help="Remove folders and everything below them.")
+def rm(paths: tuple[str, ...], recursive: bool) -> None:
+    """Remove files (refused: this version only reads)."""
+    raise ReadOnlyError(f"cannot remove {paths[0]}: this version reads the namespace, and cannot write to it")
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("-p", "--parents", is_flag=True, help="Make the folders above, too.")
+def mkdir(paths: tuple[str, ...], parents: bool) -> None:
+    """Make a folder (refused: this version only reads)."""
+    raise ReadOnlyError(f"cannot make {paths[0]}: this version reads the namespace, and cannot write to it")
