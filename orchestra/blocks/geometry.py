@@ -6,7 +6,7 @@ is small: its file holds the whole object and needs no presence map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from orchestra.errors import ConfigError
@@ -74,17 +74,3 @@ class Geometry:
             stop = min(blocks.stop, (index + 1) * per_extent)
             yield index, range(start, stop)
             start = stop
-
-
-def runs_of(indexes: Iterable[int], *, count_max: int) -> Iterator[range]:
-    """Group ascending indexes into runs of neighbours, at most `count_max` long: [1, 2, 3, 7] -> 1..3, 7..7."""
-    start = stop = -1
-    for index in indexes:
-        if index == stop and stop - start < count_max:
-            stop += 1
-            continue
-        if start >= 0:
-            yield range(start, stop)
-        start, stop = index, index + 1
-    if start >= 0:
-        yield range(start, stop)

@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""The data path, top to bottom: the one place where namespace, metadata, blocks and fetch meet."""

@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""Stage 4 of the data path: missing spans -> bytes, each asked for once, within a budget, in order of urgency."""

@@ -1,0 +1,290 @@
+"""The data path.
+
+    path -> Location            namespace
+         -> RecordEntry         metadata   (asks the store only when what is known is too old)
+         -> missing blocks      blocks     (none: a reader would not have asked)
+         -> bytes               fetch      (each block once, however many ask)
+         -> published           blocks
+         -> access              told to whoever listens (prefetch)
+
+Readers of the node never come here for a hit: they read the cache directory themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from orchestra.blocks.accounts import CacheFullError
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.store import BlockStore
+from orchestra.engine.mounted import OpenedMount
+from orchestra.errors import (
+    IsADirectoryPathError,
+    NotADirectoryPathError,
+    NotFoundError,
+    StaleObjectError,
+)
+from orchestra.fetch.budget import Priority
+from orchestra.fetch.coalesce import plan_parts
+from orchestra.fetch.fetcher import Fetcher
+from orchestra.metadata.catalog import Catalog
+from orchestra.metadata.records import Record, RecordEntry
+from orchestra.namespace.mounts import Location, MountTable
+from orchestra.namespace.paths import normalize_path
+from orchestra.stores.contract import Buffer
+from orchestra.values import ByteRange, EntryKind, ObjectId, ObjectInfo
+
+log = logging.getLogger(__name__)
+
+# Blocks up to this size are written from the loop: a thread's hand-over costs more than 110 kB of memory copy.
+_INLINE_WRITE_BYTES_MAX = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Bytes of one version of one object, as a reader asks for them."""
+
+    mount: OpenedMount
+    info: ObjectInfo
+    byte_range: ByteRange
+
+    @property
+    def object_id(self) -> ObjectId:
+        """The object's name in the cache."""
+        return ObjectId(self.mount.store.store_id, self.info.key, self.info.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Told to listeners: a reader missed these blocks."""
+
+    wanted: Wanted
+    digest: str
+    blocks: range
+
+
+@dataclass(slots=True)
+class EngineStatistics:
+    """Counts since the start."""
+
+    ensures: int = 0
+    blocks_fetched: int = 0
+    blocks_joined: int = 0
+    uncached_bytes: int = 0
+    stale_objects: int = 0
+    cache_write_errors: int = 0
+
+
+class Engine:
+    """Makes what readers ask for present. One event loop; bytes move in `writers`."""
+
+    def __init__(
+        self,
+        mounts: MountTable[OpenedMount],
+        catalog: Catalog,
+        blocks: BlockStore,
+        fetcher: Fetcher,
+        geometry: Geometry,
+        writers: ThreadPoolExecutor,
+    ) -> None:
+        self.mounts = mounts
+        self._catalog = catalog
+        self._blocks = blocks
+        self._fetcher = fetcher
+        self._geometry = geometry
+        self._writers = writers
+        # The one task that brings a block, by (digest, block index).
+        self._flights: dict[tuple[str, int], asyncio.Task[bool]] = {}
+        self._listeners: list[Callable[[Access], None]] = []
+        self.statistics = EngineStatistics()
+
+    def on_access(self, listener: Callable[[Access], None]) -> None:
+        """Call `listener` for every demand miss, before it is fetched. It must not wait or raise."""
+        self._listeners.append(listener)
+
+    # -- metadata --------------------------------------------------------------------------------------------------
+
+    async def stat(self, path: str, *, refresh: bool = False) -> RecordEntry:
+        """Return what is at `path`, no older than the mount's freshness. Raises NotFoundError."""
+        location = self._locate(path)
+        if location is None or not location.key:
+            return RecordEntry(b"", EntryKind.DIRECTORY, 0, 0, "")
+        mount = location.mount
+        entry = await self._catalog.stat(mount.store, location.key, mount.freshness_s, refresh=refresh)
+        if entry is None:
+            raise NotFoundError(f"no such file or directory: {path}")
+        return entry
+
+    async def list(self, path: str, *, refresh: bool = False) -> Record | None:
+        """Return the listing of the directory at `path`; None above all mounts, where only the table knows.
+
+        Raises NotFoundError, NotADirectoryPathError.
+        """
+        location = self._locate(path)
+        if location is None:
+            return None
+        mount, key = location.mount, location.key
+        record = await self._catalog.list(mount.store, f"{key}/" if key else "", mount.freshness_s, refresh=refresh)
+        if not record.count and key and not self.mounts.names_below(normalize_path(path)):
+            entry = await self._catalog.stat(mount.store, key, mount.freshness_s, refresh=refresh)
+            if entry is None:
+                raise NotFoundError(f"no such file or directory: {path}")
+            if entry.kind is not EntryKind.DIRECTORY:
+                raise NotADirectoryPathError(f"not a directory: {path}")
+        return record
+
+    def _locate(self, path: str) -> Location[OpenedMount] | None:
+        location = self.mounts.locate(normalize_path(path))
+        if location is not None:
+            location.mount.check_usable()
+        return location
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def want(self, path: str, info_version: str, size_bytes: int, byte_range: ByteRange) -> Wanted:
+        """Return what a reader means who opened that version of `path`. Raises NotFoundError, IsADirectoryPathError."""
+        location = self._locate(path)
+        if location is None or not location.key:
+            raise IsADirectoryPathError(f"is a directory: {path}")
+        stop = min(byte_range.stop, size_bytes)
+        cut = ByteRange(min(byte_range.start, stop), stop)
+        return Wanted(location.mount, ObjectInfo(location.key, size_bytes, 0, info_version), cut)
+
+    async def ensure(self, wanted: Wanted, priority: Priority = Priority.DEMAND, *, suspect: bool = False) -> bool:
+        """Make the bytes present on this node; True if they are, False if there is no room to keep them.
+
+        `suspect`: a reader found a bad checksum, so what is here is verified first. Raises StaleObjectError (and
+        forgets what was known about the key), AccessDeniedError, StoreError. Cancelling leaves fetches running that
+        others may wait for.
+        """
+        self.statistics.ensures += 1
+        digest = wanted.object_id.digest()
+        missing = await self._missing(digest, wanted, suspect=suspect)
+        if not missing:
+            return True
+        if priority is Priority.DEMAND:
+            for listener in self._listeners:
+                listener(Access(wanted, digest, self._geometry.blocks_of(wanted.byte_range)))
+        flights = self._join_or_start(digest, wanted, missing, priority)
+        try:
+            results = await asyncio.gather(*(asyncio.shield(flight) for flight in flights))
+        except StaleObjectError:
+            self.statistics.stale_objects += 1
+            self._catalog.forget(wanted.mount.store.store_id, wanted.info.key)
+            raise
+        return all(results)
+
+    def in_flight(self, digest: str, block_index: int) -> bool:
+        """Whether that block is being fetched."""
+        return (digest, block_index) in self._flights
+
+    async def read_uncached(self, wanted: Wanted) -> AsyncIterator[Buffer]:
+        """Yield the bytes straight from the store, in order, part by part: when there is no room to keep them, or
+        for a reader that may not read the cache directory."""
+        part = self._geometry.block_size_bytes
+        start = wanted.byte_range.start
+        while start < wanted.byte_range.stop:
+            piece = ByteRange(start, min(start - start % part + part, wanted.byte_range.stop))
+            async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND) as data:
+                self.statistics.uncached_bytes += len(data)
+                yield data
+            start = piece.stop
+
+    async def _missing(self, digest: str, wanted: Wanted, *, suspect: bool) -> list[int]:
+        """The blocks that are not here, after verifying files that no process of this boot vouches for."""
+        size = wanted.info.size_bytes
+        touched = self._geometry.blocks_of(wanted.byte_range)
+        if not any(self._blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
+            return list(touched)
+        local = self._blocks.open_object(digest, size)
+        try:
+            missing = local.missing_blocks(wanted.byte_range)
+            doubted = touched if suspect else missing
+            files = {
+                block // self._geometry.blocks_per_extent: block
+                for block in doubted
+                if self._blocks.holds(digest, size, block)
+            }
+            if not files:
+                return missing
+            loop = asyncio.get_running_loop()
+            for block in files.values():
+                await loop.run_in_executor(self._writers, self._blocks.verify, digest, size, block)
+            local.close()
+            return local.missing_blocks(wanted.byte_range)
+        finally:
+            local.close()
+
+    def _first_of_each_file(self, blocks: range) -> list[int]:
+        return [run.start for _, run in self._geometry.extents_of(blocks)]
+
+    def _join_or_start(
+        self, digest: str, wanted: Wanted, missing: Sequence[int], priority: Priority
+    ) -> set[asyncio.Task[bool]]:
+        flights = set()
+        absent = []
+        for block in missing:
+            flight = self._flights.get((digest, block))
+            if flight is None:
+                absent.append(block)
+            else:
+                self.statistics.blocks_joined += 1
+                flights.add(flight)
+        for part in plan_parts(absent, block_size_bytes=self._geometry.block_size_bytes):
+            task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority))
+            for block in part:
+                self._flights[(digest, block)] = task
+            task.add_done_callback(lambda done, part=part: self._land(digest, part, done))  # type: ignore[misc]
+            flights.add(task)
+        return flights
+
+    def _land(self, digest: str, part: range, task: asyncio.Task[bool]) -> None:
+        for block in part:
+            self._flights.pop((digest, block), None)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; a read-ahead that nobody waits for may fail in silence
+
+    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority) -> bool:
+        size = wanted.info.size_bytes
+        first = self._geometry.block_range(size, part.start)
+        last = self._geometry.block_range(size, part.stop - 1)
+        span = ByteRange(first.start, last.stop)
+        async with self._fetcher.part(wanted.mount.store, wanted.info, span, priority) as data:
+            view = memoryview(data)
+            for block in part:
+                block_range = self._geometry.block_range(size, block)
+                piece = view[block_range.start - span.start : block_range.stop - span.start]
+                if not await self._publish(digest, size, block, piece):
+                    return False
+                self.statistics.blocks_fetched += 1
+        return True
+
+    async def _publish(self, digest: str, size_bytes: int, block: int, data: memoryview) -> bool:
+        """Write a block; False if it cannot be kept. A failing cache disk makes reads slower, never wrong."""
+        try:
+            if len(data) <= _INLINE_WRITE_BYTES_MAX:
+                self._blocks.write_block(digest, size_bytes, block, data)
+            else:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._writers, self._blocks.write_block, digest, size_bytes, block, data)
+        except CacheFullError as error:
+            self.statistics.cache_write_errors += 1
+            log.warning("not cached: %s", error)
+            return False
+        except OSError as error:
+            self.statistics.cache_write_errors += 1
+            log.error("the cache directory cannot be written: %s", error)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop fetches under way and wait until they have let go of their buffers."""
+        flights = set(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        await self._catalog.close()

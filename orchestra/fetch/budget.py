@@ -1,0 +1,88 @@
+"""A budget of bytes in flight, granted in order of urgency. One event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class Priority(IntEnum):
+    """What is waited for comes first. Lower numbers are more urgent."""
+
+    DEMAND = 0
+    READAHEAD = 1
+    PLAN = 2
+    LOAD = 3
+    BACKGROUND = 4
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    priority: int
+    serial: int
+    size_bytes: int = field(compare=False)
+    granted: asyncio.Future[None] = field(compare=False)
+
+
+class ByteBudget:
+    """Bounds bytes in flight; a request larger than the whole budget is granted when nothing else is in flight."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        assert limit_bytes > 0
+        self._limit = limit_bytes
+        self._used = 0
+        self._waiters: list[_Waiter] = []
+        self._serial = itertools.count()
+        self.peak_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes granted and not given back; zero when nothing is in flight."""
+        return self._used
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that wait."""
+        return len(self._waiters)
+
+    async def acquire(self, size_bytes: int, priority: Priority) -> None:
+        """Return when `size_bytes` are granted; the caller gives them back with `release`."""
+        if not self._waiters and self._fits(size_bytes):
+            self._grant(size_bytes)
+            return
+        waiter = _Waiter(priority, next(self._serial), size_bytes, asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiters, waiter)
+        self._wake()
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+                heapq.heapify(self._waiters)
+            elif waiter.granted.done() and not waiter.granted.cancelled():
+                self.release(size_bytes)  # granted and cancelled at the same moment
+            self._wake()
+            raise
+
+    def release(self, size_bytes: int) -> None:
+        """Give back what `acquire` granted."""
+        self._used -= size_bytes
+        assert self._used >= 0, "more was released than acquired"
+        self._wake()
+
+    def _fits(self, size_bytes: int) -> bool:
+        return self._used + size_bytes <= self._limit or not self._used
+
+    def _grant(self, size_bytes: int) -> None:
+        self._used += size_bytes
+        self.peak_bytes = max(self.peak_bytes, self._used)
+
+    def _wake(self) -> None:
+        while self._waiters and self._fits(self._waiters[0].size_bytes):
+            waiter = heapq.heappop(self._waiters)
+            if not waiter.granted.done():
+                self._grant(waiter.size_bytes)
+                waiter.granted.set_result(None)
