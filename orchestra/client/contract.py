@@ -97,7 +97,7 @@ class Client(Protocol):
         """Return the bytes [start, stop) of the object, cut at its end."""
         ...
 
-    def read_many(self, paths: Sequence[str]) -> list[bytes]:
+    def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
         """Return the whole contents of many (small) objects, missing ones fetched at the same time."""
         ...
 

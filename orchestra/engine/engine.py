@@ -119,7 +119,7 @@ class Engine:
             raise NotFoundError(f"no such file or directory: {path}")
         return entry
 
-    async def list(self, path: str, *, refresh: bool = False) -> Record | None:
+    async def list_directory(self, path: str, *, refresh: bool = False) -> Record | None:
         """Return the listing of the directory at `path`; None above all mounts, where only the table knows.
 
         Raises NotFoundError, NotADirectoryPathError.
@@ -128,7 +128,9 @@ class Engine:
         if location is None:
             return None
         mount, key = location.mount, location.key
-        record = await self._catalog.list(mount.store, f"{key}/" if key else "", mount.freshness_s, refresh=refresh)
+        record = await self._catalog.list_directory(
+            mount.store, f"{key}/" if key else "", mount.freshness_s, refresh=refresh
+        )
         if not record.count and key and not self.mounts.names_below(normalize_path(path)):
             entry = await self._catalog.stat(mount.store, key, mount.freshness_s, refresh=refresh)
             if entry is None:

@@ -29,8 +29,8 @@ from orchestra.values import EntryKind
 
 log = logging.getLogger(__name__)
 
-# HEADs in one directory after which it is listed in the background although nobody asked for its listing: a program that
-# opens nine files of a folder by name will open more, and one LIST brings a thousand.
+# HEADs in one directory after which it is listed in the background although nobody asked for its listing: a program
+# that opens nine files of a folder by name will open more, and one LIST brings a thousand.
 _HEADS_BEFORE_LISTING = 8
 # A listing that took more requests than this runs beside the HEADs instead of being waited for.
 _AWAITED_LIST_REQUESTS_MAX = 4
@@ -99,7 +99,9 @@ class Catalog:
         known = self._just_published(store, key)
         return known.entry if known is not None else None
 
-    async def list(self, store: UnderStore, prefix: str, freshness_s: float, *, refresh: bool = False) -> Record:
+    async def list_directory(
+        self, store: UnderStore, prefix: str, freshness_s: float, *, refresh: bool = False
+    ) -> Record:
         """Return the listing of `prefix`, no older than asked; it is published. An empty one says nothing is there."""
         self.statistics.lists_total += 1
         if not refresh:

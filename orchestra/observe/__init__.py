@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""Counting and saying what happens; below everything that is counted."""
