@@ -1,0 +1,87 @@
+# Two commands a newcomer needs: `make demo` and `make test`. Both make .venv themselves; a second run only checks stamps.
+#
+#   PYTHON       the interpreter that makes .venv (3.11 or later)
+#   TORCH        the torch that is tested with
+#   TORCH_INDEX  where its CPU build lies when no local or configured index has one
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH ?= 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# What the tests need from the system: fusermount3 (mounts by other users than root) and strace (system-call counts).
+DEBIAN_PACKAGES := fuse3 strace
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean system-packages
+
+help:
+	@echo 'make demo    train from an S3 bucket through a mounted folder, on this machine'
+	@echo 'make test    the gate: lint, types, import law, all tests'
+	@echo 'make check   the gate without the tests'
+	@echo 'make bench   the benchmarks, against native files and peers (minutes; an otherwise idle machine)'
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "orchestra needs Python 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first, alone and pinned: left to a resolver on Linux it brings gigabytes of CUDA. The local version "+cpu"
+# exists only on indexes of CPU builds, so that neither of the first two tries can end with a CUDA build; a machine
+# with a GPU, and one that has no "+cpu" builds at all (macOS), gets the plain release.
+$(VENV)/.torch: $(VENV)/.made
+	@if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
+		echo 'installing torch $(TORCH)'; $(PIP) install --quiet --quiet 'torch==$(TORCH)'; \
+	else \
+		echo 'installing torch $(TORCH), CPU build'; \
+		$(PIP) install --quiet --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(PIP) install --quiet --quiet --extra-index-url '$(TORCH_INDEX)' 'torch==$(TORCH)+cpu'; \
+	fi
+	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
+
+# The stamp of torch is also the constraint that keeps it as it is.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	@echo 'installing orchestra and what the demo needs'
+	@$(PIP) install --quiet --quiet --constraint $(VENV)/.torch --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	@echo 'installing orchestra and what the tests need'
+	@$(PIP) install --quiet --quiet --constraint $(VENV)/.torch --editable '.[demo,dev,s3,torch]'
+	@touch $@ $(VENV)/.demo
+
+system-packages:
+	@missing=$$(for p in $(DEBIAN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing" $$missing; \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing) >/dev/null; \
+	else echo "not installed, tests that need them will say so:" $$missing; fi
+
+demo: $(VENV)/.demo
+	@$(BIN)/orchestra demo
+
+# Formatting is checked where it is the house's own: everything that git tracks or would.
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# One run, one closing line: `system` tests share one xdist group (tests/conftest.py), so that they go one after the
+# other on one worker while the others run beside them.
+test: system-packages check
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/idle.py
+	$(BIN)/python benchmarks/warm_read.py
+	$(BIN)/python benchmarks/cold_read.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
