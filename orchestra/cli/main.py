@@ -20,6 +20,7 @@ import click
 from orchestra import __version__
 from orchestra.cli.output import printable
 from orchestra.cli.session import Session
+from orchestra.config_keys import did_you_mean
 from orchestra.errors import OrchestraError
 
 STATUS_FAILED = 1
@@ -51,6 +52,15 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # click looks for near misses among commands that are loaded already, and here none is.
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            ctx.fail(f"no such command '{name}'{did_you_mean(name, sorted(COMMANDS))}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
