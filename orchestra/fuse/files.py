@@ -1,0 +1,257 @@
+"""OPEN, READ and RELEASE: how each opened file is served.
+
+Owns: the choice between the kernel's page cache and passthrough, the bookkeeping that never mixes the two on an open
+inode (the kernel answers EIO otherwise), the backing ids, and the handles of reads in progress. Leaves to others: the
+client's handle knows where bytes lie; the channel waits.
+
+Small files (and all in `pagecache` mode) cost nothing at OPEN: their handle is opened by the first READ and closed when
+a read has reached the end, so a warm file is never opened here at all. `opens_*` and `backing_id` of an inode change
+under `_lock` only; handles are opened and closed by the loop's thread only, except that a worker closes one that was
+dropped while it was reading it (`pins`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+
+from orchestra.client.contract import Client, Handle
+from orchestra.errors import IsADirectoryPathError, StaleObjectError
+from orchestra.fuse.channel import Channel, Message, Undo
+from orchestra.fuse.inodes import Inode, InodeTable
+from orchestra.fuse.options import HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
+from orchestra.fuse.protocol import (
+    BACKING_CLOSE,
+    BACKING_MAP,
+    BACKING_OPEN,
+    BODY,
+    HEAD,
+    HEADER_OUT,
+    READ_IN,
+    RELEASE_IN,
+    OpenFlag,
+    open_reply,
+)
+from orchestra.values import Entry
+
+log = logging.getLogger(__name__)
+
+# What RELEASE must know about the OPEN it ends travels as the file's fh.
+_FH_CACHED = 1
+_FH_PASSTHROUGH = 2
+_CACHED = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
+_PASSED = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
+# The kernel will say the same for every file: no privilege, too many stacked file systems, no such ioctl.
+_REFUSED_FOR_GOOD = frozenset({errno.EPERM, errno.ELOOP, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL})
+
+
+class _OpenFile:
+    """A handle and how many workers read it now."""
+
+    __slots__ = ("dropped", "handle", "pins")
+
+    def __init__(self, handle: Handle) -> None:
+        self.handle = handle
+        self.pins = 0
+        self.dropped = False
+
+
+class Files:
+    """Answers OPEN, READ and RELEASE."""
+
+    def __init__(
+        self,
+        client: Client,
+        table: InodeTable,
+        channel: Channel,
+        options: MountOptions,
+        incoming: bytearray,
+        on_stale: Callable[[Entry], None],
+    ) -> None:
+        self._client = client
+        self._table = table
+        self._channel = channel
+        self._counters = channel.counters
+        self._incoming = incoming
+        self._on_stale = on_stale
+        self._no_open = options.mode is Mode.PAGECACHE
+        self._passthrough_from = 1 if options.mode is Mode.PASSTHROUGH else max(1, options.passthrough_size_bytes)
+        self.passthrough_allowed = False  # until INIT has said so
+        self._lock = threading.Lock()
+        self._handles: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._reply = bytearray(HEAD + READ_BYTES_MAX)
+        self._view = memoryview(self._reply)
+        self._payload = self._view[HEAD:]
+
+    # -- OPEN -----------------------------------------------------------------------------------------------------
+
+    def open(self, unique: int, nodeid: int, end: int) -> None:
+        """OPEN: small files at once; for large ones a worker looks whether the kernel can read them by itself."""
+        if self._no_open:
+            self._channel.send_error(unique, errno.ENOSYS)
+            return
+        inode = self._table.get(nodeid)
+        if inode is None:
+            self._channel.send_error(unique, errno.ESTALE)
+            return
+        if inode.entry.is_directory:
+            raise IsADirectoryPathError(f"{inode.entry.path} is a directory")
+        if self.passthrough_allowed and inode.entry.size_bytes >= self._passthrough_from:
+            self._channel.wait(unique, partial(self._open_large, unique, inode))
+            return
+        with self._lock:
+            answer = self._opened_as_it_is(unique, inode)
+        self._channel.send_or_undo(*answer)
+
+    def _open_large(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
+        with self._lock:
+            if inode.opens_passthrough or inode.opens_cached:
+                return self._opened_as_it_is(unique, inode)
+        handle = self._client.open(inode.entry.path, entry=inode.entry)
+        try:
+            backing_fd = handle.backing_fd()
+            with self._lock:  # another OPEN of this inode may have decided meanwhile
+                if backing_fd is not None and not inode.opens_passthrough and not inode.opens_cached:
+                    inode.backing_id = self._register(backing_fd)
+                return self._opened_as_it_is(unique, inode)
+        finally:
+            handle.close()  # the kernel holds the file by itself now; a READ opens its own
+
+    def _opened_as_it_is(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
+        """Count and answer an open in the mode the inode is in; the caller holds the lock."""
+        if inode.backing_id:
+            inode.opens_passthrough += 1
+            message = open_reply(unique, _FH_PASSTHROUGH, _PASSED, inode.backing_id)
+            return message, partial(self._released, inode, _FH_PASSTHROUGH)
+        inode.opens_cached += 1
+        return open_reply(unique, _FH_CACHED, _CACHED), partial(self._released, inode, _FH_CACHED)
+
+    def _register(self, backing_fd: int) -> int:
+        """Return the kernel's id for a backing file, 0 if it refuses."""
+        request = bytearray(BACKING_MAP.pack(backing_fd, 0, 0))  # mutable: ioctl then returns the id and not a copy
+        try:
+            backing_id = int(fcntl.ioctl(self._channel.device_fd, BACKING_OPEN, request))
+        except OSError as error:
+            self._counters.backing_refused += 1
+            if error.errno in _REFUSED_FOR_GOOD:
+                self.passthrough_allowed = False
+                log.warning("passthrough is off, reads go through this process: the kernel says %s", error.strerror)
+            return 0
+        self._counters.backing_opened += 1
+        return backing_id
+
+    # -- RELEASE --------------------------------------------------------------------------------------------------
+
+    def release(self, unique: int, nodeid: int, end: int) -> None:
+        """RELEASE: the last one of an inode closes its backing id or its handle."""
+        fh, _ = RELEASE_IN.unpack_from(self._incoming, BODY)
+        inode = self._table.get(nodeid)
+        if inode is not None:
+            self._released(inode, fh)
+            if not inode.opens_cached:
+                self.drop(nodeid)
+        self._channel.send_error(unique, 0)
+
+    def _released(self, inode: Inode, fh: int) -> None:
+        with self._lock:
+            if fh == _FH_CACHED:
+                inode.opens_cached -= 1
+                return
+            inode.opens_passthrough -= 1
+            if inode.opens_passthrough:
+                return
+            backing_id, inode.backing_id = inode.backing_id, 0
+            fcntl.ioctl(self._channel.device_fd, BACKING_CLOSE, struct.pack("<I", backing_id))
+            self._counters.backing_closed += 1
+
+    # -- READ -----------------------------------------------------------------------------------------------------
+
+    def read(self, unique: int, nodeid: int, end: int) -> None:
+        """READ: bytes on this node's disk go out in one write; anything else is fetched by a worker."""
+        _, offset, size = READ_IN.unpack_from(self._incoming, BODY)
+        inode = self._table.get(nodeid)
+        if inode is None:
+            self._channel.send_error(unique, errno.ESTALE)
+            return
+        file = self._handles.get(nodeid)
+        if file is None:
+            file = self._open_handle(inode)
+        size = min(size, READ_BYTES_MAX)
+        try:
+            count = file.handle.readinto_cached(offset, self._payload[:size])
+        except StaleObjectError as error:
+            self._stale(unique, inode.entry, error)
+            return
+        if count is None:
+            self._wait_for(unique, inode, file, offset, size)
+            return
+        self._counters.reads_cached += 1
+        HEADER_OUT.pack_into(self._reply, 0, HEAD + count, 0, unique)
+        self._channel.send(self._view[: HEAD + count])
+        if offset + count >= inode.entry.size_bytes:
+            self.drop(nodeid)
+
+    def _open_handle(self, inode: Inode) -> _OpenFile:
+        file = _OpenFile(self._client.open(inode.entry.path, entry=inode.entry))
+        self._handles[inode.nodeid] = file
+        if len(self._handles) > HANDLES_MAX:
+            self.drop(next(iter(self._handles)))
+        return file
+
+    def _wait_for(self, unique: int, inode: Inode, file: _OpenFile, offset: int, size: int) -> None:
+        self._counters.reads_waited += 1
+        with self._lock:
+            file.pins += 1
+        self._handles.move_to_end(inode.nodeid)
+        self._channel.wait(unique, partial(self._read, unique, inode, file, offset, size))
+
+    def _read(self, unique: int, inode: Inode, file: _OpenFile, offset: int, size: int) -> tuple[Message, None]:
+        size = max(0, min(size, inode.entry.size_bytes - offset))
+        buffer = bytearray(HEAD + size)
+        view = memoryview(buffer)
+        try:
+            count = file.handle.readinto(offset, view[HEAD:])
+        except StaleObjectError:
+            self._counters.stale += 1
+            self._channel.run_aside(partial(self._on_stale, inode.entry))
+            raise
+        finally:
+            self._unpin(file)
+        HEADER_OUT.pack_into(buffer, 0, HEAD + count, 0, unique)
+        return view[: HEAD + count], None
+
+    def _stale(self, unique: int, entry: Entry, error: StaleObjectError) -> None:
+        self._counters.stale += 1
+        self._channel.send_failure(unique, error)
+        self._channel.run_aside(partial(self._on_stale, entry))
+
+    # -- handles --------------------------------------------------------------------------------------------------
+
+    def drop(self, nodeid: int) -> None:
+        """Close the handle of an inode, now or when the last worker has done reading it. The loop's thread only."""
+        file = self._handles.pop(nodeid, None)
+        if file is None:
+            return
+        with self._lock:
+            file.dropped = True
+            unused = not file.pins
+        if unused:
+            file.handle.close()
+
+    def _unpin(self, file: _OpenFile) -> None:
+        with self._lock:
+            file.pins -= 1
+            unused = file.dropped and not file.pins
+        if unused:
+            file.handle.close()
+
+    def close(self) -> None:
+        """Close every handle that nobody reads; the kernel has let go of the backing files with the mount."""
+        for nodeid in list(self._handles):
+            self.drop(nodeid)

@@ -1,0 +1,211 @@
+"""LOOKUP, GETATTR and extended attributes: what a name is.
+
+Owns: turning the client's entries into the kernel's attributes and timeouts. Leaves to others: the client decides what
+is fresh; the channel answers; the table counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import partial
+
+from orchestra.client.contract import Client
+from orchestra.errors import NameTooLongError, NotADirectoryPathError, NotFoundError
+from orchestra.fuse.channel import Channel, Message, Undo
+from orchestra.fuse.inodes import Inode, InodeTable, child_path, inode_number_of
+from orchestra.fuse.options import NAME_BYTES_MAX, MountOptions
+from orchestra.fuse.protocol import (
+    BODY,
+    EXPIRE_ONLY,
+    GETXATTR_IN,
+    ROOT_NODEID,
+    S_IFDIR,
+    S_IFREG,
+    Attr,
+    Timeout,
+    attr_reply,
+    data_reply,
+    entry_reply,
+    expire_entry_message,
+    negative_entry_reply,
+    timeout_of,
+    xattr_size_reply,
+)
+from orchestra.values import Entry
+
+VERSION_XATTR = b"user.orchestra.version"
+_BLOCK_SIZE_BYTES = 4096
+# A file's attributes belong to one version and cannot change (see inodes); only the way to them, the name, expires.
+_FOREVER = timeout_of(float("inf"))
+
+
+class Attributes:
+    """Makes the kernel's view of entries: owner, permissions and timeouts are the mount's, the rest is the entry's."""
+
+    def __init__(self, client: Client, options: MountOptions) -> None:
+        self._freshness_s = client.freshness_s
+        self._fixed = None if options.attr_timeout_s is None else timeout_of(options.attr_timeout_s)
+        self._timeouts: dict[float, Timeout] = {}  # one entry a distinct freshness, of which a namespace has few
+        self._owner = (options.uid, options.gid)
+        self._file_mode = S_IFREG | (0o444 & ~options.umask)
+        self._directory_mode = S_IFDIR | (0o555 & ~options.umask)
+        self._root = options.root
+
+    def entry_timeout(self, path: str) -> Timeout:
+        """How long the kernel may believe that `path` leads where it does, or nowhere."""
+        if self._fixed is not None:
+            return self._fixed
+        freshness_s = self._freshness_s(path)
+        found = self._timeouts.get(freshness_s)
+        if found is None:
+            found = self._timeouts[freshness_s] = timeout_of(freshness_s)
+        return found
+
+    def attr_timeout(self, entry: Entry) -> Timeout:
+        """How long the kernel may believe the attributes."""
+        return self.entry_timeout(entry.path) if entry.is_directory else _FOREVER
+
+    def attr(self, entry: Entry) -> Attr:
+        """Return the attributes of `entry`; directories count one link, which tells `find` not to count on links."""
+        seconds, nanoseconds = divmod(max(0, entry.mtime_ns), 1_000_000_000)
+        size = entry.size_bytes
+        ino = ROOT_NODEID if entry.path == self._root else inode_number_of(entry)
+        mode = self._directory_mode if entry.is_directory else self._file_mode
+        times = (seconds, seconds, seconds, nanoseconds, nanoseconds, nanoseconds)
+        return (ino, size, (size + 511) >> 9, *times, mode, 1, *self._owner, 0, _BLOCK_SIZE_BYTES, 0)
+
+
+class Names:
+    """Answers LOOKUP, GETATTR, GETXATTR and LISTXATTR."""
+
+    def __init__(
+        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: bytearray
+    ) -> None:
+        self._client = client
+        self._table = table
+        self._channel = channel
+        self._attributes = attributes
+        self._incoming = incoming
+        self._suspects: set[str] = set()  # paths whose next look-up must ask the store: a read found them changed
+        self.expire_flags = 0
+
+    # -- look-ups -------------------------------------------------------------------------------------------------
+
+    def lookup(self, unique: int, nodeid: int, end: int) -> None:
+        """LOOKUP: from what is known at once, else from a worker."""
+        parent = self._table.get(nodeid)
+        if parent is None:
+            self._channel.send_error(unique, errno.ESTALE)
+            return
+        name = bytes(self._incoming[BODY : end - 1])
+        if len(name) > NAME_BYTES_MAX:
+            raise NameTooLongError(f"the name {name[:40]!r}... is longer than {NAME_BYTES_MAX} bytes")
+        path = child_path(parent.entry.path, os.fsdecode(name))
+        if path in self._suspects:
+            self._channel.wait(unique, partial(self._look_up, unique, path, refresh=True))
+            return
+        try:
+            entry = self._client.stat_cached(path)
+        except (NotFoundError, NotADirectoryPathError):
+            self._channel.send(negative_entry_reply(unique, self._attributes.entry_timeout(path)))
+            return
+        if entry is None:
+            self._channel.wait(unique, partial(self._look_up, unique, path, refresh=False))
+            return
+        self._channel.send_or_undo(*self._found(unique, entry))
+
+    def _look_up(self, unique: int, path: str, *, refresh: bool) -> tuple[Message, Undo | None]:
+        try:
+            entry = self._client.stat(path, refresh=refresh)
+        except (NotFoundError, NotADirectoryPathError):
+            return negative_entry_reply(unique, self._attributes.entry_timeout(path)), None
+        finally:
+            self._suspects.discard(path)
+        return self._found(unique, entry)
+
+    def _found(self, unique: int, entry: Entry) -> tuple[Message, Undo]:
+        attributes = self._attributes
+        message_attr = attributes.attr(entry)
+        timeout = attributes.entry_timeout(entry.path)
+        inode = self._table.remember(entry)
+        message = entry_reply(unique, inode.nodeid, timeout, attributes.attr_timeout(entry), message_attr)
+        return message, partial(self._table.forget, inode.nodeid, 1)
+
+    def suspect(self, entry: Entry) -> None:
+        """Have the kernel and the client look `entry`'s path up afresh at its next use; may wait, so on a worker only.
+
+        After a read that found the object replaced: without this the same stale version would be opened again until
+        the mount's freshness has passed.
+        """
+        if len(self._suspects) < 100_000:  # a bound; beyond it the freshness alone does the work
+            self._suspects.add(entry.path)
+        parent_path, _, name = entry.path.rpartition("/")
+        parent = self._table.nodeid_of(parent_path or "/")
+        if parent is not None:
+            self._channel.counters.entries_expired += 1
+            self._channel.send(expire_entry_message(parent, os.fsencode(name), self.expire_flags & EXPIRE_ONLY))
+
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    def getattr(self, unique: int, nodeid: int, end: int) -> None:
+        """GETATTR: a file's are fixed; a directory's come from the client."""
+        inode = self._table.get(nodeid)
+        if inode is None:
+            self._channel.send_error(unique, errno.ESTALE)
+            return
+        if inode.entry.is_directory:
+            entry = self._client.stat_cached(inode.entry.path)
+            if entry is None:
+                self._channel.wait(unique, partial(self._get_attr, unique, inode))
+                return
+            self._adopt(inode, entry)
+        self._channel.send(self._attr_message(unique, inode.entry))
+
+    def _get_attr(self, unique: int, inode: Inode) -> tuple[Message, None]:
+        self._adopt(inode, self._client.stat(inode.entry.path))
+        return self._attr_message(unique, inode.entry), None
+
+    @staticmethod
+    def _adopt(inode: Inode, entry: Entry) -> None:
+        if not entry.is_directory:
+            raise NotADirectoryPathError(f"{entry.path} was a directory and is a file now")
+        inode.entry = entry
+
+    def _attr_message(self, unique: int, entry: Entry) -> bytes:
+        return attr_reply(unique, self._attributes.attr_timeout(entry), self._attributes.attr(entry))
+
+    # -- extended attributes --------------------------------------------------------------------------------------
+
+    def getxattr(self, unique: int, nodeid: int, end: int) -> None:
+        """GETXATTR: `user.orchestra.version` of a file; ENODATA for the rest."""
+        size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
+        name = bytes(self._incoming[BODY + GETXATTR_IN.size : end - 1])
+        inode = self._table.get(nodeid)
+        if inode is None or name != VERSION_XATTR or not inode.entry.version:
+            self._channel.send_error(unique, errno.ENODATA)
+            return
+        self._send_xattr(unique, size, inode.entry.version.encode("utf-8", "surrogateescape"))
+
+    def listxattr(self, unique: int, nodeid: int, end: int) -> None:
+        """LISTXATTR."""
+        size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
+        inode = self._table.get(nodeid)
+        has_version = inode is not None and inode.entry.version
+        self._send_xattr(unique, size, VERSION_XATTR + b"\0" if has_version else b"")
+
+    def _send_xattr(self, unique: int, size: int, value: bytes) -> None:
+        if size == 0:
+            self._channel.send(xattr_size_reply(unique, len(value)))
+        elif size < len(value):
+            self._channel.send_error(unique, errno.ERANGE)
+        else:
+            self._channel.send(data_reply(unique, value))
+
+
+def root_entry(client: Client, path: str) -> Entry:
+    """Return the entry that a mount shows as its root. Raises NotADirectoryPathError for a file, and the client's."""
+    entry = client.stat(path)
+    if not entry.is_directory:
+        raise NotADirectoryPathError(f"cannot mount {path}: it is a file; mount the directory that holds it")
+    return entry

@@ -1,0 +1,65 @@
+"""What a mount can be told, as plain values, and the limits of the FUSE face with their reasons."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestra.units import KIB, MIB
+
+
+class Mode(enum.StrEnum):
+    """How opened files are served; see docs and DESIGN section 6."""
+
+    AUTO = "auto"  # large complete objects by passthrough, everything else by the process and the kernel's page cache
+    PASSTHROUGH = "passthrough"  # every complete object by passthrough; refuses to mount where the kernel forbids it
+    PAGECACHE = "pagecache"  # no OPEN and RELEASE messages at all; warm reads come from the kernel's page cache
+
+
+# The largest request the kernel makes with its default fs.fuse.max_pages_limit of 256 pages.
+READ_BYTES_MAX = 1 * MIB
+PAGES_MAX = READ_BYTES_MAX // 4096
+# A warm re-read of a small file out of the kernel's page cache costs OPEN and RELEASE (inline, no client call); a
+# passthrough open costs a thread hand-over, an open of the backing file and two ioctls more. See benchmarks/fuse.py.
+PASSTHROUGH_SIZE_BYTES = 1 * MIB
+# Read-ahead requests are "background" for the kernel, whose default lets 12 of them wait; 64 readers of uncached files
+# would queue behind one another in the kernel.
+BACKGROUND_MAX = 1024
+# Enough for the 64 concurrent readers asked for, twice; a waiting thread costs about 100 kB.
+THREADS_MAX = 128
+# Requests that may queue behind busy threads before the loop stops taking new ones (nothing is refused: they then
+# wait in the kernel). The kernel makes one request a waiting reader and BACKGROUND_MAX read-aheads.
+BACKLOG_MAX = 4096
+# Hints to the kernel that may wait to be sent; more are dropped, and the freshness alone does their work.
+ASIDE_MAX = 1024
+# 8 KiB is what the kernel insists on; the rest lets one read carry 4,000 forgets.
+REQUEST_BYTES_MAX = 64 * KIB
+# The kernel needs room for max_write in every read of the device; a read-only mount never uses it.
+WRITE_BYTES_MAX = 4096
+assert REQUEST_BYTES_MAX >= WRITE_BYTES_MAX + 4096, "the kernel answers EINVAL to reads into a smaller buffer"
+# Two requests in flight for a sequential reader, so that the reader copies one while the other is filled.
+READ_AHEAD_KIB = 2048
+# Handles kept open for reads in progress; each is one or two descriptors.
+HANDLES_MAX = 256
+NAME_BYTES_MAX = 255
+PATH_BYTES_MAX = 4096
+# How long open files of a mount that was asked to end are still served after it has left the tree.
+DRAIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """Everything about a mount but its client and its folder."""
+
+    root: str = "/"  # the namespace path shown as the mount's root
+    mode: Mode = Mode.AUTO
+    uid: int = 0
+    gid: int = 0
+    umask: int = 0
+    allow_other: bool = False
+    attr_timeout_s: float | None = None  # None: what the client's freshness says
+    threads_max: int = THREADS_MAX
+    passthrough_size_bytes: int = PASSTHROUGH_SIZE_BYTES
+    read_ahead_kib: int = READ_AHEAD_KIB
+    cache_dir: Path | None = None  # refused when it lies inside the mount point

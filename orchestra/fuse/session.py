@@ -1,0 +1,227 @@
+"""One FUSE connection: the loop that reads requests, and the table that says who answers which.
+
+Owns: the handshake (INIT), forgetting, interrupts, and the promise that every request is answered whatever happens.
+Leaves to others: names, directories and files answer for themselves; mount.py makes the device; serve.py ends it.
+
+Hits are answered in the loop's thread: a hand-over to a worker costs more than the answer. Whatever would wait goes to
+the channel's threads, so a reader of an uncached file never holds up another. A session knows nothing of how its
+device came to be, so that several of them may serve one mount (each on a cloned descriptor, with a shared table).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+
+from orchestra.client.contract import Client
+from orchestra.errors import MountError
+from orchestra.fuse import protocol
+from orchestra.fuse.channel import Channel
+from orchestra.fuse.counters import Counters
+from orchestra.fuse.directories import Directories
+from orchestra.fuse.files import Files
+from orchestra.fuse.inodes import InodeTable
+from orchestra.fuse.names import Attributes, Names
+from orchestra.fuse.options import (
+    BACKGROUND_MAX,
+    NAME_BYTES_MAX,
+    PAGES_MAX,
+    READ_BYTES_MAX,
+    REQUEST_BYTES_MAX,
+    WRITE_BYTES_MAX,
+    Mode,
+    MountOptions,
+)
+from orchestra.fuse.protocol import BODY, HEADER_IN, OPCODE_COUNT, UNANSWERED, WRITING, InitFlag, Opcode
+from orchestra.values import Entry
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[int, int, int], None]  # unique, nodeid, end of the request in the buffer
+
+# ASYNC_READ, ASYNC_DIO: read-aheads and the parts of a large direct read are asked for at the same time.
+# EXPLICIT_INVAL_DATA: an inode is one version, so the kernel need never drop pages because attributes moved.
+# NO_EXPORT_SUPPORT: our numbers die with the session; a file handle made of one must not outlive it.
+_WANTED = (
+    InitFlag.ASYNC_READ
+    | InitFlag.ASYNC_DIO
+    | InitFlag.DO_READDIRPLUS
+    | InitFlag.READDIRPLUS_AUTO
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.MAX_PAGES
+    | InitFlag.EXPLICIT_INVAL_DATA
+    | InitFlag.INIT_EXT
+    | InitFlag.HAS_EXPIRE_ONLY
+    | InitFlag.NO_EXPORT_SUPPORT
+)
+# One stacked file system: the backing files lie on a plain one. 2 would forbid an overlay on top of the mount.
+_STACK_DEPTH = 1
+# What `df` shows: 1 PiB in 4 KiB blocks, nothing free, as nothing can be written. The store's own size is unknown.
+_STATFS_BLOCKS = (1 << 50) // 4096
+_STATFS_FILES = 1 << 32
+# The device has no more requests: unmounted, aborted, or our descriptor was closed.
+_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
+
+
+class Session:
+    """Serves `client` on an open /dev/fuse descriptor until the mount is gone.
+
+    `root` is the entry shown as the mount's root. `counters` may be read from any thread.
+    """
+
+    def __init__(self, device_fd: int, client: Client, root: Entry, options: MountOptions) -> None:
+        self.counters = Counters()
+        self.table = InodeTable(root)
+        self.channel = Channel(device_fd, self.counters, threads_max=options.threads_max)
+        self.refusal: MountError | None = None  # why the handshake failed
+        self._device_fd = device_fd
+        self._options = options
+        self._incoming = bytearray(REQUEST_BYTES_MAX)
+        attributes = Attributes(client, options)
+        self._names = Names(client, self.table, self.channel, attributes, self._incoming)
+        self._directories = Directories(client, self.table, self.channel, attributes, self._incoming)
+        self._files = Files(client, self.table, self.channel, options, self._incoming, self._names.suspect)
+        self._handlers = self._table_of_handlers()
+
+    def run(self) -> None:
+        """Answer requests until the mount is gone; returns then. Raises what a signal handler raises."""
+        incoming = [self._incoming]
+        readv, device_fd, unpack = os.readv, self._device_fd, HEADER_IN.unpack_from
+        handlers, requests, buffer = self._handlers, self.counters.requests, self._incoming
+        try:
+            while True:
+                try:
+                    end = readv(device_fd, incoming)
+                except OSError as error:
+                    if error.errno in _ENDED:
+                        return
+                    if error.errno in (errno.ENOENT, errno.EAGAIN):  # the asker was killed before we read its request
+                        continue
+                    raise
+                _, opcode, unique, nodeid, _, _, _, _, _ = unpack(buffer)
+                index = opcode if opcode < OPCODE_COUNT else 0
+                requests[index] += 1
+                try:
+                    handlers[index](unique, nodeid, end)
+                except Exception as error:  # noqa: BLE001 - the outermost frame of a request: log it and answer
+                    self._answer_failure(index, unique, error)
+        finally:
+            self._files.close()
+            self.channel.close()
+
+    def _answer_failure(self, opcode: int, unique: int, error: Exception) -> None:
+        if opcode in UNANSWERED:
+            self.counters.errors_unforeseen += 1
+            log.error("a %s was dropped", Opcode(opcode).name, exc_info=error)
+            return
+        self.channel.send_failure(unique, error)
+
+    def _table_of_handlers(self) -> list[Handler]:
+        table: list[Handler] = [self._with(errno.ENOSYS)] * OPCODE_COUNT
+        for opcode in WRITING:
+            table[opcode] = self._with(errno.EROFS)
+        table[Opcode.INIT] = self._init
+        table[Opcode.DESTROY] = self._with(0)
+        table[Opcode.FORGET] = self._forget
+        table[Opcode.BATCH_FORGET] = self._batch_forget
+        table[Opcode.INTERRUPT] = self._interrupt
+        table[Opcode.NOTIFY_REPLY] = self._ignore
+        table[Opcode.STATFS] = self._statfs
+        table[Opcode.ACCESS] = self._access
+        table[Opcode.READLINK] = self._with(errno.EINVAL)
+        table[Opcode.IOCTL] = self._with(errno.ENOTTY)
+        table[Opcode.LOOKUP] = self._names.lookup
+        table[Opcode.GETATTR] = self._names.getattr
+        table[Opcode.GETXATTR] = self._names.getxattr
+        table[Opcode.LISTXATTR] = self._names.listxattr
+        table[Opcode.OPEN] = self._files.open
+        table[Opcode.READ] = self._files.read
+        table[Opcode.RELEASE] = self._files.release
+        table[Opcode.OPENDIR] = self._directories.opendir
+        table[Opcode.READDIR] = self._directories.readdir
+        table[Opcode.READDIRPLUS] = self._directories.readdirplus
+        table[Opcode.RELEASEDIR] = self._directories.releasedir
+        return table
+
+    def _with(self, errno_code: int) -> Handler:
+        """Return a handler that always answers the same. ENOSYS: the kernel then never asks again, or does without
+        (FLUSH, FSYNC, STATX, POLL, LSEEK: data to the end, as it should be)."""
+
+        def answer(unique: int, nodeid: int, end: int) -> None:
+            self.channel.send_error(unique, errno_code)
+
+        return answer
+
+    def _ignore(self, unique: int, nodeid: int, end: int) -> None:
+        """A message without an answer that means nothing here."""
+
+    # -- the session itself ---------------------------------------------------------------------------------------
+
+    def _init(self, unique: int, nodeid: int, end: int) -> None:
+        major, minor, readahead, offered = protocol.unpack_init(memoryview(self._incoming)[BODY:end])
+        if major != protocol.KERNEL_MAJOR or minor < 36:  # 7.36 (Linux 5.16) brought INIT_EXT
+            self._refuse(
+                unique, f"the kernel speaks FUSE {major}.{minor}, and orchestra needs 7.36 (Linux 5.16) or later"
+            )
+            return
+        flags = _WANTED & offered
+        mode = self._options.mode
+        if mode is not Mode.PAGECACHE and offered & InitFlag.PASSTHROUGH:
+            flags |= InitFlag.PASSTHROUGH
+            self._files.passthrough_allowed = True
+        elif mode is Mode.PASSTHROUGH:
+            self._refuse(
+                unique, "mode passthrough needs Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH; use mode auto"
+            )
+            return
+        if flags & InitFlag.HAS_EXPIRE_ONLY:
+            self._names.expire_flags = protocol.EXPIRE_ONLY
+        self.channel.send(
+            protocol.init_reply(
+                unique,
+                minor=min(minor, protocol.KERNEL_MINOR),
+                max_readahead_bytes=max(readahead, READ_BYTES_MAX),
+                flags=flags,
+                max_background=BACKGROUND_MAX,
+                max_write_bytes=WRITE_BYTES_MAX,
+                max_pages=PAGES_MAX,
+                max_stack_depth=_STACK_DEPTH if flags & InitFlag.PASSTHROUGH else 0,
+            )
+        )
+
+    def _refuse(self, unique: int, sentence: str) -> None:
+        self.refusal = MountError(sentence)
+        self.channel.send_error(unique, errno.EPROTO)
+
+    def _forget(self, unique: int, nodeid: int, end: int) -> None:
+        (lookups,) = protocol.LOOKUP_COUNT.unpack_from(self._incoming, BODY)
+        self._forget_one(nodeid, lookups)
+
+    def _batch_forget(self, unique: int, nodeid: int, end: int) -> None:
+        for known, lookups in protocol.unpack_forgets(memoryview(self._incoming)[BODY:end]):
+            self._forget_one(known, lookups)
+
+    def _forget_one(self, nodeid: int, lookups: int) -> None:
+        inode = self.table.forget(nodeid, lookups)
+        if inode is None:
+            return
+        if inode.entry.is_directory:
+            self._directories.forgotten(nodeid)
+        else:
+            self._files.drop(nodeid)
+
+    def _interrupt(self, unique: int, nodeid: int, end: int) -> None:
+        (target,) = protocol.INTERRUPT_IN.unpack_from(self._incoming, BODY)
+        self.channel.interrupt(target)
+
+    def _statfs(self, unique: int, nodeid: int, end: int) -> None:
+        message = protocol.statfs_reply(
+            unique, blocks=_STATFS_BLOCKS, files=_STATFS_FILES, block_size_bytes=4096, name_bytes_max=NAME_BYTES_MAX
+        )
+        self.channel.send(message)
+
+    def _access(self, unique: int, nodeid: int, end: int) -> None:
+        (mask,) = protocol.ACCESS_IN.unpack_from(self._incoming, BODY)
+        self.channel.send_error(unique, errno.EROFS if mask & protocol.ACCESS_WRITE else 0)
