@@ -16,6 +16,8 @@ from orchestra.units import DURATION_LIMIT_S, format_duration, format_size, pars
 
 # A message stays one readable line even when the value in it is a pasted megabyte.
 MESSAGE_CHARACTERS_MAX = 600
+# Python itself refuses to read numbers of over 4,300 digits, in words that do not help here.
+NUMBER_CHARACTERS_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ def sizes(least: int, most: int, *, power_of_two: bool = False) -> Callable[[obj
     def parse(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise ValueError(f"expected a size such as 10GiB, got {value!r} (allowed: {allowed})")
+        _check_length(value, "a size such as 10GiB", allowed)
         try:
             size = parse_size_bytes(value)
         except ValueError as error:
@@ -57,6 +60,7 @@ def durations(least_s: float) -> Callable[[object], float]:
     def parse(value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(f"expected a duration such as 60s, got {value!r} (allowed: {allowed})")
+        _check_length(value, "a duration such as 60s", allowed)
         try:
             seconds = parse_duration_s(value)
         except ValueError as error:
@@ -66,6 +70,11 @@ def durations(least_s: float) -> Callable[[object], float]:
         return seconds
 
     return parse
+
+
+def _check_length(value: object, expected: str, allowed: str) -> None:
+    if isinstance(value, str) and len(value) > NUMBER_CHARACTERS_MAX:
+        raise ValueError(f"expected {expected}, got a text of {len(value)} characters (allowed: {allowed})")
 
 
 def counts(least: int, most: int) -> Callable[[object], int]:

@@ -26,10 +26,10 @@ def daemon() -> None:
 @pass_session
 def run(session: Session, autostarted: bool) -> None:
     """Run the daemon in the foreground until it is told to stop."""
-    from orchestra.daemon.main import run as run_daemon
-
     config = session.config
     _warn_of_size(config)
+    from orchestra.daemon.main import run as run_daemon
+
     run_daemon(config, autostarted=autostarted)
 
 
@@ -38,9 +38,9 @@ def run(session: Session, autostarted: bool) -> None:
 @pass_session
 def start(session: Session, as_json: bool) -> None:
     """Start the daemon in the background and wait until it answers."""
+    config = session.config
     from orchestra.client.process import daemon_status, start_daemon
 
-    config = session.config
     status = daemon_status(config)
     word = "running already" if status is not None else "started"
     if status is None:
@@ -66,9 +66,9 @@ def stop(session: Session) -> None:
 @pass_session
 def status(session: Session, as_json: bool) -> None:
     """Show the running daemon; exit status 1 if none runs."""
+    config = session.config
     from orchestra.client.process import daemon_status
 
-    config = session.config
     answer = daemon_status(config)
     if answer is None:
         raise DaemonUnavailableError(
