@@ -22,15 +22,16 @@ def daemon() -> None:
 
 
 @daemon.command()
-@click.option("--autostarted", is_flag=True, hidden=True)
+@click.option("--autostarted", is_flag=True, hidden=True, help="Stop again when idle.")
+@click.option("--ready-fd", type=int, hidden=True, help="Tell whoever holds the other end of this pipe.")
 @pass_session
-def run(session: Session, autostarted: bool) -> None:
+def run(session: Session, autostarted: bool, ready_fd: int | None) -> None:
     """Run the daemon in the foreground until it is told to stop."""
     config = session.config
     _warn_of_size(config)
     from orchestra.daemon.main import run as run_daemon
 
-    run_daemon(config, autostarted=autostarted)
+    run_daemon(config, autostarted=autostarted, ready_fd=ready_fd)
 
 
 @daemon.command()

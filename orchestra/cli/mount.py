@@ -6,8 +6,8 @@ Owns: options of the commands and what is printed. Leaves to others: checking an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import click
@@ -20,20 +20,33 @@ from orchestra.errors import NotFoundError
 
 ROUTE = "/v1/mounts"
 
-_readonly_option = click.option(
-    "--readonly/--writable", default=None, help="Whether writes are refused (default: readonly)."
-)
-_freshness_option = click.option(
-    "--freshness", metavar="AGE", help='How old what is known of the store may be: "60s", "immutable", "strict".'
-)
-_options_option = click.option(
-    "--option",
-    "options",
-    metavar="KEY=VALUE",
-    multiple=True,
-    help="An option of the store, e.g. endpoint_url=http://127.0.0.1:9000. Write '${VAR}' for a secret (in single "
-    "quotes): the daemon reads that variable, and the secret shows in no process list.",
-)
+# What the daemon's API calls the fields of a mount that may be given.
+FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _settings(command: Command) -> Command:
+    """Add the options that describe a mount."""
+    for option in (
+        click.option(
+            "--option",
+            "options",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="An option of the store, e.g. endpoint_url=http://127.0.0.1:9000. Write '${VAR}' for a secret (in "
+            "single quotes): the daemon reads that variable, and the secret shows in no process list.",
+        ),
+        click.option("--prefetch", type=click.Choice(["none", "readahead", "dataset"]), help="What is read ahead."),
+        click.option(
+            "--freshness",
+            metavar="AGE",
+            help='How old what is known of the store may be: "60s", "immutable", "strict".',
+        ),
+        click.option("--readonly/--writable", default=None, help="Whether writes are refused (default: readonly)."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group()
@@ -44,20 +57,12 @@ def mount() -> None:
 @mount.command()
 @click.argument("path")
 @click.argument("uris", metavar="URI...", nargs=-1, required=True)
-@_readonly_option
-@_freshness_option
-@_options_option
+@_settings
 @pass_session
-def add(
-    session: Session,
-    path: str,
-    uris: tuple[str, ...],
-    readonly: bool | None,
-    freshness: str | None,
-    options: tuple[str, ...],
-) -> None:
+def add(session: Session, path: str, uris: tuple[str, ...], options: tuple[str, ...], **given: Any) -> None:
     """Attach the store at URI at PATH; more URIs name copies of the same data, tried in order."""
-    session.client.daemon_request("POST", ROUTE, _body(path, uris, readonly, freshness, options))
+    table = _given(given) | {"path": path, "uris": list(uris), "options": _parsed_options(options)}
+    session.client.daemon_request("POST", ROUTE, _to_wire(parse_mount(table)))
 
 
 @mount.command("ls")
@@ -74,13 +79,14 @@ def list_mounts(session: Session, as_json: bool) -> None:
             table["path"],
             " ".join(table["uris"]),
             "readonly" if table["readonly"] else "writable",
-            format_freshness(_seconds(table["freshness_s"])),
+            _freshness(table["freshness_s"]),
             table["source"],
             " ".join(f"{name}={value}" for name, value in sorted(table["options"].items())),
+            table.get("error") or "",
         )
         for table in sorted(mounts, key=lambda table: str(table["path"]))
     ]
-    print_table(("PATH", "STORE", "MODE", "FRESHNESS", "FROM", "OPTIONS"), rows)
+    print_table(("PATH", "STORE", "MODE", "FRESHNESS", "FROM", "OPTIONS", "ERROR"), rows)
 
 
 @mount.command("rm")
@@ -94,19 +100,16 @@ def remove(session: Session, path: str) -> None:
 @mount.command()
 @click.argument("path")
 @click.argument("uris", metavar="[URI]...", nargs=-1)
-@_readonly_option
-@_freshness_option
-@_options_option
+@_settings
 @click.option("--remove-option", "removed", metavar="KEY", multiple=True, help="Drop an option of the store.")
 @pass_session
 def update(
     session: Session,
     path: str,
     uris: tuple[str, ...],
-    readonly: bool | None,
-    freshness: str | None,
     options: tuple[str, ...],
     removed: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Change what is given of the mount at PATH, and keep the rest."""
     mounts = session.client.daemon_request("GET", ROUTE)["mounts"]
@@ -114,33 +117,33 @@ def update(
     current = next((table for table in mounts if table["path"] == path), None)
     if current is None:
         raise NotFoundError(f"nothing is mounted at {path} (see: orchestra mount ls)")
-    body = _body(path, uris or tuple(current["uris"]), readonly, freshness, options)
-    if readonly is None:
-        body["readonly"] = current["readonly"]
-    if freshness is None:
-        body["freshness_s"] = current["freshness_s"]
     kept = {name: value for name, value in current["options"].items() if name not in removed}
-    body["options"] = kept | body["options"]
+    # What is given is checked as a mount of its own; only those fields then replace the current ones.
+    table = _given(given) | {"path": path, "uris": list(uris) or current["uris"], "options": _parsed_options(options)}
+    checked = _to_wire(parse_mount(table))
+    changes = {name: checked[name] for name in ("uris", "readonly", "freshness_s", "prefetch") if name in _names(given)}
+    body = {name: current[name] for name in FIELDS if name in current} | changes
+    body |= {"uris": checked["uris"], "options": kept | checked["options"]}
     session.client.daemon_request("PUT", ROUTE, body)
 
 
-def _body(
-    path: str, uris: tuple[str, ...], readonly: bool | None, freshness: str | None, options: tuple[str, ...]
-) -> dict[str, Any]:
-    table: dict[str, Any] = {"path": path, "uris": list(uris), "options": _parsed_options(options)}
-    if readonly is not None:
-        table["readonly"] = readonly
-    if freshness is not None:
-        table["freshness"] = freshness
-    return _mount_fields(parse_mount(table))
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _mount_fields(mount: MountConfig) -> dict[str, Any]:
+def _names(settings: Mapping[str, Any]) -> set[str]:
+    """Return the API's names of the settings that were given."""
+    return {"freshness_s" if name == "freshness" else name for name in _given(settings)}
+
+
+def _to_wire(mount: MountConfig) -> dict[str, Any]:
     return {
         "path": mount.path,
         "uris": list(mount.uris),
         "readonly": mount.readonly,
-        "freshness_s": mount.freshness_s,
+        # JSON has no infinity.
+        "freshness_s": "immutable" if math.isinf(mount.freshness_s) else mount.freshness_s,
+        "prefetch": mount.prefetch,
         "options": dict(mount.options),
     }
 
@@ -156,14 +159,11 @@ def _parsed_options(options: tuple[str, ...]) -> dict[str, str]:
     return table
 
 
-def _seconds(value: float | None) -> float:
-    # JSON has no infinity: null stands for "immutable".
-    return math.inf if value is None else float(value)
+def _freshness(value: str | float) -> str:
+    return value if isinstance(value, str) else format_freshness(value)
 
 
 def _shown(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mount as it may be shown: no secret that was given inline."""
     options = {name: "***" if looks_secret(name, value) else value for name, value in table["options"].items()}
-    uris = [uri_without_password(uri) for uri in table["uris"]]
-    freshness_s = _seconds(table["freshness_s"])
-    return {**table, "uris": uris, "options": options, "freshness_s": None if math.isinf(freshness_s) else freshness_s}
+    return {**table, "uris": [uri_without_password(uri) for uri in table["uris"]], "options": options}
