@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 
 import crc32c
 
@@ -72,36 +71,32 @@ def open_map(path: str, *, writable: bool = False) -> PresenceMap | None:
     return marks
 
 
-class _Extent:
-    """One open extent: descriptor and map. Closed by its owner."""
+class _OpenFile:
+    """An open extent with its marks, or an open small object with its seal. Closed by its owner."""
 
-    __slots__ = ("fd", "marks")
+    __slots__ = ("fd", "marks", "seal")
 
-    def __init__(self, fd: int, marks: PresenceMap) -> None:
+    def __init__(self, fd: int, marks: PresenceMap | None, seal: Seal | None) -> None:
         self.fd = fd
         self.marks = marks
+        self.seal = seal
 
     def close(self) -> None:
         os.close(self.fd)
-        self.marks.detach()
+        if self.marks is not None:
+            self.marks.detach()
+
+
+_SMALL = -1  # the key of a small object's one file among the extents
 
 
 class LocalObject:
-    """One object version's bytes on this node's disk. Thread-safe; descriptors are opened on first use."""
+    """One object version's bytes on this node's disk; files are opened on first use.
 
-    __slots__ = (
-        "_boot_id",
-        "_digest",
-        "_extents",
-        "_geometry",
-        "_layout",
-        "_lock",
-        "_retired",
-        "_seal",
-        "_size",
-        "_small_fd",
-        "_verify_always",
-    )
+    Thread-safe without a lock (single dict operations are atomic), so a fork can never inherit one that is held.
+    """
+
+    __slots__ = ("_boot_id", "_digest", "_files", "_geometry", "_layout", "_retired", "_size", "_verify_always")
 
     def __init__(
         self,
@@ -119,13 +114,10 @@ class LocalObject:
         self._size = size_bytes
         self._boot_id = boot_id
         self._verify_always = verify_always
-        self._lock = threading.Lock()
-        self._small_fd = -1
-        self._seal: Seal | None = None
-        self._extents: dict[int, _Extent] = {}
+        self._files: dict[int, _OpenFile] = {}
         # What `forget` replaced. Another thread may be inside preadv with such a descriptor, so it is closed with the
         # object and not before: a number given back to the kernel early could be somebody else's file by then.
-        self._retired: list[_Extent | int] = []
+        self._retired: list[_OpenFile] = []
 
     def readinto(self, offset: int, buffer: memoryview) -> int | None:
         """Fill `buffer` from `offset` if every byte is here, else return None. Short only at the object's end.
@@ -135,19 +127,21 @@ class LocalObject:
         wanted = min(len(buffer), self._size - offset)
         if wanted <= 0:
             return 0
+        if wanted != len(buffer):
+            buffer = buffer[:wanted]
         if self._geometry.is_small(self._size):
-            return self._read_small(offset, buffer[:wanted])
-        return self._read_extents(offset, buffer[:wanted])
+            return self._read_small(offset, buffer)
+        return self._read_extents(offset, buffer)
 
     def missing_blocks(self, byte_range: ByteRange) -> list[int]:
         """Return the blocks of the range that are not (trusted to be) here."""
         blocks = self._geometry.blocks_of(byte_range)
         if self._geometry.is_small(self._size):
-            return [] if not blocks or self._open_small() >= 0 else list(blocks)
+            return [] if not blocks or self._file(_SMALL) is not None else list(blocks)
         missing: list[int] = []
         for extent_index, run in self._geometry.extents_of(blocks):
-            extent = self._extent(extent_index)
-            if extent is None:
+            extent = self._file(extent_index)
+            if extent is None or extent.marks is None:
                 missing.extend(run)
             elif not extent.marks.is_complete():
                 missing.extend(block for block in run if not extent.marks.is_present(block))
@@ -163,93 +157,57 @@ class LocalObject:
         if not self._size or self._verify_always:
             return None
         if self._geometry.is_small(self._size):
-            fd = self._open_small()
-            return fd if fd >= 0 else None
+            small = self._file(_SMALL)
+            return small.fd if small is not None else None
         if self._geometry.extent_count(self._size) != 1:
             return None
-        extent = self._extent(0)
-        return extent.fd if extent is not None and extent.marks.is_complete() else None
+        extent = self._file(0)
+        return extent.fd if extent is not None and extent.marks is not None and extent.marks.is_complete() else None
 
     def forget(self) -> None:
-        """Drop descriptors of files that were evicted meanwhile, so that the next read sees their successors."""
-        with self._lock:
-            for index, extent in list(self._extents.items()):
-                if os.fstat(extent.fd).st_nlink == 0:
-                    self._retired.append(self._extents.pop(index))
-            if self._small_fd >= 0 and os.fstat(self._small_fd).st_nlink == 0:
-                self._retired.append(self._small_fd)
-                self._small_fd = -1
+        """Drop files that were evicted meanwhile, so that the next read sees their successors."""
+        for index, file in list(self._files.items()):
+            if os.fstat(file.fd).st_nlink == 0 and self._files.pop(index, None) is file:
+                self._retired.append(file)
 
     def close(self) -> None:
-        """Release descriptors. Idempotent."""
-        with self._lock:
-            for item in (*self._extents.values(), *self._retired):
-                if isinstance(item, _Extent):
-                    item.close()
-                else:
-                    os.close(item)
-            self._extents.clear()
-            self._retired.clear()
-            if self._small_fd >= 0:
-                os.close(self._small_fd)
-                self._small_fd, self._seal = -1, None
+        """Release descriptors; nobody reads any more. Idempotent."""
+        while self._files:
+            self._retired.append(self._files.popitem()[1])
+        while self._retired:
+            self._retired.pop().close()
 
-    def _open_small(self) -> int:
-        if self._small_fd >= 0:
-            return self._small_fd
-        with self._lock:
-            if self._small_fd >= 0:
-                return self._small_fd
-            path = self._layout.small_file(self._digest)
-            try:
-                fd = os.open(path, _OPEN_FLAGS)
-            except OSError:
-                return -1
-            seal = read_seal(path, fd)
-            if (
-                seal is None
-                or seal.boot_id != self._boot_id
-                or seal.size_bytes != self._size
-                or seal.digest.hex() != self._digest
-                or os.fstat(fd).st_size != self._size
-            ):
-                os.close(fd)
-                return -1
-            self._seal = seal
-            self._small_fd = fd
-            return fd
-
-    def _read_small(self, offset: int, buffer: memoryview) -> int | None:
-        fd = self._open_small()
-        if fd < 0:
+    def _file(self, index: int) -> _OpenFile | None:
+        file = self._files.get(index)
+        if file is not None:
+            return file
+        opened = self._open_small() if index == _SMALL else self._open_extent(index)
+        if opened is None:
             return None
+        file = self._files.setdefault(index, opened)
+        if file is not opened:  # another thread was quicker
+            opened.close()
+        return file
+
+    def _open_small(self) -> _OpenFile | None:
+        path = self._layout.small_file(self._digest)
         try:
-            count = os.preadv(fd, [buffer], offset)
+            fd = os.open(path, _OPEN_FLAGS)
         except OSError:
             return None
-        if count != len(buffer):
-            raise CorruptBlockError(0)
-        if count == self._size:  # the whole object: its checksum costs 5 us for 110 kB
-            assert self._seal is not None
-            if crc32c.crc32c(buffer) != self._seal.crc:
-                raise CorruptBlockError(0)
-        elif self._verify_always:
-            self._verify(fd, 0, ByteRange(0, self._size), self._seal.crc if self._seal else 0, file_offset=0)
-        return count
+        seal = read_seal(path, fd)
+        if (
+            seal is None
+            or seal.boot_id != self._boot_id
+            or seal.size_bytes != self._size
+            or seal.digest.hex() != self._digest
+            or os.fstat(fd).st_size != self._size
+        ):
+            os.close(fd)
+            return None
+        return _OpenFile(fd, None, seal)
 
-    def _extent(self, extent_index: int) -> _Extent | None:
-        extent = self._extents.get(extent_index)
-        if extent is not None:
-            return extent
-        with self._lock:
-            extent = self._extents.get(extent_index)
-            if extent is None:
-                extent = self._open_extent(extent_index)
-                if extent is not None:
-                    self._extents[extent_index] = extent
-            return extent
-
-    def _open_extent(self, extent_index: int) -> _Extent | None:
+    def _open_extent(self, extent_index: int) -> _OpenFile | None:
         for _ in range(_OPEN_TRIES_MAX):
             try:
                 fd = os.open(self._layout.extent_file(self._digest, extent_index), _OPEN_FLAGS)
@@ -259,18 +217,34 @@ class LocalObject:
             if marks is None:
                 os.close(fd)
                 return None
+            opened = _OpenFile(fd, marks, None)
             header = marks.header
             if not (marks.is_trusted(self._boot_id) and header.digest.hex() == self._digest):
-                os.close(fd)
-                marks.detach()
+                opened.close()
                 return None
             info = os.fstat(fd)
             expected = self._geometry.extent_length(self._size, extent_index)
             if header.extent_inode == info.st_ino and info.st_size == expected == header.extent_bytes:
-                return _Extent(fd, marks)
-            os.close(fd)
-            marks.detach()
+                return opened
+            opened.close()
         return None
+
+    def _read_small(self, offset: int, buffer: memoryview) -> int | None:
+        small = self._file(_SMALL)
+        if small is None or small.seal is None:
+            return None
+        try:
+            count = os.preadv(small.fd, [buffer], offset)
+        except OSError:
+            return None
+        if count != len(buffer):
+            raise CorruptBlockError(0)
+        if count == self._size:  # the whole object: its checksum costs 5 us for 110 kB
+            if crc32c.crc32c(buffer) != small.seal.crc:
+                raise CorruptBlockError(0)
+        elif self._verify_always:
+            _verify(small.fd, 0, ByteRange(0, self._size), small.seal.crc)
+        return count
 
     def _read_extents(self, offset: int, buffer: memoryview) -> int | None:
         stop = offset + len(buffer)
@@ -278,30 +252,30 @@ class LocalObject:
         extent_size = self._geometry.extent_size_bytes
         while position < stop:
             index = position // extent_size
-            extent = self._extent(index)
-            if extent is None:
+            extent = self._file(index)
+            if extent is None or extent.marks is None:
                 return None
             piece_stop = min(stop, (index + 1) * extent_size)
             blocks = self._geometry.blocks_of(ByteRange(position, piece_stop))
             marks = extent.marks
             if not marks.is_complete() and not all(marks.is_present(block) for block in blocks):
                 return None
-            file_offset = position - index * extent_size
             view = buffer[position - offset : piece_stop - offset]
             try:
-                count = os.preadv(extent.fd, [view], file_offset)
+                count = os.preadv(extent.fd, [view], position - index * extent_size)
             except OSError:
                 return None
             if count != len(view):
                 raise CorruptBlockError(blocks.start)
             if self._verify_always:
                 for block in blocks:
-                    block_range = self._geometry.block_range(self._size, block)
-                    file_start = block_range.start - index * extent_size
-                    self._verify(extent.fd, block, block_range, marks.crc_of(block), file_offset=file_start)
+                    whole = self._geometry.block_range(self._size, block)
+                    start = whole.start - index * extent_size
+                    _verify(extent.fd, block, ByteRange(start, start + whole.length), marks.crc_of(block))
             position = piece_stop
         return len(buffer)
 
-    def _verify(self, fd: int, block: int, block_range: ByteRange, crc: int, *, file_offset: int) -> None:
-        if crc32c.crc32c(os.pread(fd, block_range.length, file_offset)) != crc:
-            raise CorruptBlockError(block)
+
+def _verify(fd: int, block: int, file_range: ByteRange, crc: int) -> None:
+    if crc32c.crc32c(os.pread(fd, file_range.length, file_range.start)) != crc:
+        raise CorruptBlockError(block)

@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""The node daemon: owns the cache directory, fills and evicts it, and answers misses."""

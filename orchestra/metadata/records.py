@@ -161,10 +161,10 @@ class Record:
         if crc32c.crc32c(raw[_HEADER.size :], crc32c.crc32c(head)) != crc:
             raise ValueError("damaged")
         self._raw = raw
-        self.boot_id = boot
-        self.fetched_ns = fetched
-        self.count = count
-        self.requests = requests
+        self.boot_id: bytes = boot
+        self.fetched_ns: int = fetched
+        self.count: int = count
+        self.requests: int = requests
         self.hidden_count = hidden
         self.identity = identity
         at = _HEADER.size
@@ -200,6 +200,11 @@ class Record:
 
     def find(self, name: bytes) -> RecordEntry | None:
         """The row with that name, in O(log n)."""
+        index = self.index_of(name)
+        return self.row(index) if index is not None else None
+
+    def index_of(self, name: bytes) -> int | None:
+        """The number of the row with that name, in O(log n)."""
         low, high = 0, self.count
         offsets, names = self._name_offsets, self._names
         while low < high:
@@ -208,11 +213,11 @@ class Record:
                 low = middle + 1
             else:
                 high = middle
-        return self.row(low) if low < self.count and self.name(low) == name else None
+        return low if low < self.count and self.name(low) == name else None
 
     def age_ns(self, *, boot_id: bytes, now_ns: int) -> int | None:
         """Nanoseconds since it was fetched; None if that was in another boot."""
-        return now_ns - int(self.fetched_ns) if self.boot_id == boot_id else None
+        return now_ns - self.fetched_ns if self.boot_id == boot_id else None
 
     def is_fresh(self, freshness_s: float, *, boot_id: bytes, now_ns: int) -> bool:
         """Whether it may be used without asking, under that freshness (inf: always)."""

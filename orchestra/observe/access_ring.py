@@ -60,7 +60,7 @@ class AccessRing:
     """The writing side; thread-safe. Does nothing if the directory cannot be written (statistics are not worth an
     error)."""
 
-    __slots__ = ("_count", "_fd", "_lock", "_map", "_path", "_totals")
+    __slots__ = ("_count", "_fd", "_lock", "_map", "_totals")
 
     def __init__(self, directory: str) -> None:
         self._lock = threading.Lock()
@@ -68,13 +68,15 @@ class AccessRing:
         self._totals = [0, 0, 0, 0]
         self._map: mmap.mmap | None = None
         self._fd = -1
-        self._path = f"{directory}/{os.getpid()}-{secrets.token_hex(4)}"
+        name = f"{os.getpid()}-{secrets.token_hex(4)}"
+        hidden = f"{directory}/.{name}"  # the daemon looks at it once it is whole and locked
         try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._fd, RING_SIZE_BYTES)
             self._map = mmap.mmap(self._fd, RING_SIZE_BYTES)
             self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, _FORMAT, 0)
+            os.rename(hidden, f"{directory}/{name}")
         except OSError:
             self.abandon()
 
@@ -161,7 +163,7 @@ class AccessLog:
 
     def _discover(self) -> None:
         for entry in os.scandir(self._directory):
-            if entry.path in self._open:
+            if entry.path in self._open or entry.name.startswith("."):
                 continue
             try:
                 fd = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -169,10 +171,7 @@ class AccessLog:
                 continue
             try:
                 ring = mmap.mmap(fd, RING_SIZE_BYTES, access=mmap.ACCESS_READ)
-            except (OSError, ValueError):  # not of its full length: being made, or left by a crash in the making
-                if _is_unlocked(fd):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(entry.path)
+            except (OSError, ValueError):  # not of its full length: not one of ours
                 os.close(fd)
                 continue
             magic, version, _ = _HEADER.unpack_from(ring)

@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""The daemon's HTTP API: one file per group of routes."""

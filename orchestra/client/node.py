@@ -1,0 +1,381 @@
+"""The client of this node: answers from the cache directory, and asks the daemon for the rest.
+
+Owns: the steps path -> version -> file for any process. Leaves to others: the daemon's side (engine), starting it
+(process), the wire (wire).
+
+What it holds belongs to one process: a forked child notices its pid and begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.layout import CacheLayout
+from orchestra.blocks.reader import LocalObject
+from orchestra.client.directory import NodeDirectory, directory_at, entry_at
+from orchestra.client.handle import NodeHandle
+from orchestra.client.process import start_daemon
+from orchestra.client.wire import ConnectionLostError, DaemonConnection
+from orchestra.clock import Clock, SystemClock, boot_id
+from orchestra.config import Config
+from orchestra.errors import (
+    ConfigError,
+    DaemonUnavailableError,
+    IsADirectoryPathError,
+    NotADirectoryPathError,
+    NotFoundError,
+    OrchestraError,
+    from_wire,
+)
+from orchestra.metadata.reader import Known, MetadataReader
+from orchestra.metadata.records import Record, RecordEntry
+from orchestra.namespace.mounts import Location, MountTable
+from orchestra.namespace.paths import normalize_path
+from orchestra.namespace.published import PublishedMount, PublishedNamespace, fingerprint, read_namespace
+from orchestra.observe.access_ring import AccessRing
+from orchestra.values import Entry, EntryKind, ObjectId
+
+# Above the fetch deadline of the daemon: it answers with the real reason before we give up on it.
+_ANSWER_MARGIN_S = 30.0
+
+T = TypeVar("T")
+
+
+class _Namespace:
+    """What is published, in the form that look-ups use; replaced whole when the file changes."""
+
+    __slots__ = ("geometry", "identity", "published", "table")
+
+    def __init__(self, published: PublishedNamespace, identity: tuple[int, int]) -> None:
+        self.published = published
+        self.identity = identity
+        self.table: MountTable[PublishedMount] = MountTable(published.mounts)
+        self.geometry = Geometry(published.block_size_bytes, published.extent_size_bytes)
+
+
+class NodeClient:
+    """See `orchestra.client.contract.Client`."""
+
+    def __init__(self, config: Config, *, clock: Clock | None = None) -> None:
+        self.config = config
+        self._clock = clock or SystemClock()
+        self._layout = CacheLayout(config.cache.dir)
+        self._boot_id = boot_id()
+        self._fingerprint = fingerprint(config.mounts)
+        self._messages_before = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what belongs to this process."""
+        self._pid = os.getpid()
+        self._namespace: _Namespace | None = None
+        self._connection = DaemonConnection(
+            str(self._layout.socket), timeout_s=self.config.fetch.deadline_s + _ANSWER_MARGIN_S
+        )
+        self._metadata = MetadataReader(
+            self._layout.listing_file, self._layout.attr_file, clock=self._clock, boot_id=self._boot_id
+        )
+        self._ring: AccessRing | None = None
+        self._ring_lock = threading.Lock()
+
+    # -- metadata --------------------------------------------------------------------------------------------------
+
+    def stat(self, path: str, *, refresh: bool = False) -> Entry:
+        """See Client."""
+        path = normalize_path(path)
+        if not refresh:
+            entry = self.stat_cached(path)
+            if entry is not None:
+                return entry
+        location = self._locate(path)
+        if location is None or not location.key:
+            return directory_at(path)
+        answer = self.daemon_request("POST", "/v1/stat", {"path": path, "refresh": refresh})
+        return _entry_from_wire(path, answer)
+
+    def stat_cached(self, path: str) -> Entry | None:
+        """See Client."""
+        path = normalize_path(path)
+        location = self._locate(path)
+        if location is None or not location.key or self._table().names_below(path):
+            return directory_at(path)
+        mount = location.mount
+        known = self._metadata.lookup(mount.store_id, location.key, mount.freshness_s)
+        if known is None:
+            return None
+        return entry_at(path, _existing(known, path))
+
+    def list(self, path: str, *, refresh: bool = False) -> NodeDirectory:
+        """See Client."""
+        path = normalize_path(path)
+        if not refresh:
+            view = self.list_cached(path)
+            if view is not None:
+                return view
+        location = self._locate(path)
+        if location is None:
+            return NodeDirectory(path, None, self._table().names_below(path))
+        self.daemon_request("POST", "/v1/list", {"path": path, "refresh": refresh})
+        record = self._metadata.any_listing(location.mount.store_id, _prefix(location))
+        if record is None:
+            raise DaemonUnavailableError(f"the daemon listed {path} but its listing cannot be read")
+        return self._directory(path, record)
+
+    def list_cached(self, path: str) -> NodeDirectory | None:
+        """See Client."""
+        path = normalize_path(path)
+        location = self._locate(path)
+        if location is None:
+            return NodeDirectory(path, None, self._table().names_below(path))
+        mount = location.mount
+        record = self._metadata.listing(mount.store_id, _prefix(location), mount.freshness_s)
+        if record is None:
+            return None
+        if not len(record) and location.key and not self._table().names_below(path):
+            # Nothing lies below: a file, nothing at all, or an empty directory. What is known of the key says which.
+            known = self._metadata.lookup(mount.store_id, location.key, mount.freshness_s)
+            if known is None:
+                return None
+            if _existing(known, path).kind is not EntryKind.DIRECTORY:
+                raise NotADirectoryPathError(f"not a directory: {path}")
+        return self._directory(path, record)
+
+    def freshness_s(self, path: str) -> float:
+        """See Client."""
+        location = self._locate(normalize_path(path))
+        # Above all mounts only `mount add` changes anything; a minute is soon enough to see it.
+        return location.mount.freshness_s if location is not None else 60.0
+
+    def _directory(self, path: str, record: Record) -> NodeDirectory:
+        return NodeDirectory(path, record, self._table().names_below(path))
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def open(self, path: str, *, entry: Entry | None = None) -> NodeHandle:
+        """See Client."""
+        if entry is None:
+            entry = self.stat(path)
+        if entry.kind is EntryKind.DIRECTORY:
+            raise IsADirectoryPathError(f"is a directory: {path}")
+        digest = self._object_id(entry).digest()
+        return NodeHandle(self, entry, digest, self._local(digest, entry.size_bytes))
+
+    def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """See Client."""
+        handle = self.open(path)
+        try:
+            size = handle.entry.size_bytes
+            return handle.read(start, max(0, (size if stop is None else min(stop, size)) - start))
+        finally:
+            handle.close()
+
+    def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
+        """See Client."""
+        missing = [path for path in paths if not self._is_cached(path)]
+        if len(missing) > 1:
+            answer = self.daemon_request("POST", "/v1/ensure_many", {"paths": missing})
+            for body in answer["errors"]:
+                raise from_wire(body)
+        return [self.read_file(path) for path in paths]
+
+    def cached_bytes(self, entry: Entry) -> int:
+        """Return how many bytes of that version are on this node's disk."""
+        if entry.kind is EntryKind.DIRECTORY or not entry.size_bytes:
+            return 0
+        local = self._local(self._object_id(entry).digest(), entry.size_bytes)
+        try:
+            return local.cached_bytes()
+        finally:
+            local.close()
+
+    @property
+    def geometry(self) -> Geometry:
+        """How objects are cut."""
+        return self._current().geometry
+
+    def ensure(self, entry: Entry, start: int, stop: int, *, ahead_stop: int, suspect: bool) -> bool:
+        """Have the daemon make [start, stop) present; True if it is, False if there is no room to keep it.
+
+        It goes on to fetch up to `ahead_stop` without being waited for. `suspect`: a checksum did not match.
+        """
+        body = _wanted(entry, start, stop)
+        body["ahead_stop"] = ahead_stop
+        if suspect:
+            body["suspect"] = True
+        return bool(self.daemon_request("POST", "/v1/ensure", body)["kept"])
+
+    def read_through(self, entry: Entry, offset: int, view: memoryview) -> int:
+        """Have the daemon send the bytes: when they cannot be kept, or not be read here."""
+        body = _wanted(entry, offset, offset + len(view))
+        return self._with_daemon(lambda connection: connection.read_into("/v1/read", body, view))
+
+    def note_hit(self, digest: bytes, offset: int, size_bytes: int) -> None:
+        """Count a read from this node's disk."""
+        block = self._current().geometry.block_size_bytes
+        first = offset // block
+        self._access_ring().hit(digest, first, (offset + size_bytes - 1) // block - first + 1, size_bytes)
+
+    def note_miss(self, digest: bytes, offset: int, size_bytes: int) -> None:
+        """Count a read that had to ask the daemon."""
+        block = self._current().geometry.block_size_bytes
+        first = offset // block
+        self._access_ring().miss(digest, first, (offset + size_bytes - 1) // block - first + 1, size_bytes)
+
+    def _is_cached(self, path: str) -> bool:
+        entry = self.stat_cached(path)
+        if entry is None:
+            return False
+        local = self._local(self._object_id(entry).digest(), entry.size_bytes)
+        try:
+            return local.cached_bytes() == entry.size_bytes
+        finally:
+            local.close()
+
+    def _object_id(self, entry: Entry) -> ObjectId:
+        location = self._locate(normalize_path(entry.path))
+        if location is None or not location.key:
+            raise IsADirectoryPathError(f"is a directory: {entry.path}")
+        return ObjectId(location.mount.store_id, location.key, entry.version)
+
+    def _local(self, digest: str, size_bytes: int) -> LocalObject:
+        current = self._current()
+        return LocalObject(
+            self._layout,
+            current.geometry,
+            digest,
+            size_bytes,
+            boot_id=self._boot_id,
+            verify_always=current.published.verify == "always",
+        )
+
+    # -- the published namespace -----------------------------------------------------------------------------------
+
+    def _locate(self, path: str) -> Location[PublishedMount] | None:
+        location = self._table().locate(path)
+        if location is not None and location.mount.error:
+            raise ConfigError(f"mount {location.mount.path}: {location.mount.error}")
+        return location
+
+    def _table(self) -> MountTable[PublishedMount]:
+        return self._current().table
+
+    def _current(self) -> _Namespace:
+        """The namespace as published now; starts the daemon if none was published for this configuration."""
+        if self._pid != os.getpid():
+            self._after_fork()
+        namespace = self._namespace
+        try:
+            info = os.stat(self._layout.namespace)
+            identity = (info.st_ino, info.st_mtime_ns)
+        except OSError:
+            identity = (0, 0)
+        if namespace is not None and namespace.identity == identity:
+            return namespace
+        published = read_namespace(self._layout.namespace)
+        if published is None or published.fingerprint != self._fingerprint:
+            published = self._have_it_published(published)
+            info = os.stat(self._layout.namespace)
+            identity = (info.st_ino, info.st_mtime_ns)
+        namespace = _Namespace(published, identity)
+        self._namespace = namespace
+        return namespace
+
+    def _have_it_published(self, found: PublishedNamespace | None) -> PublishedNamespace:
+        # A daemon that starts now publishes its own configuration; one that runs reads its file again.
+        self.daemon_request("POST", "/v1/reload", {})
+        published = read_namespace(self._layout.namespace)
+        if published is None:
+            raise DaemonUnavailableError(f"the daemon published no namespace in {self._layout.namespace}")
+        if published.fingerprint != self._fingerprint:
+            ours = self.config.source or "the defaults"
+            raise ConfigError(
+                f"the daemon of cache.dir {self._layout.root} runs with {published.source or 'the defaults'}, this process "
+                f"with {ours}, and their mounts differ: stop it (orchestra daemon stop) or use another cache.dir"
+            )
+        return published
+
+    # -- the daemon ------------------------------------------------------------------------------------------------
+
+    @property
+    def messages_sent(self) -> int:
+        """See Client."""
+        return self._connection.messages_sent
+
+    def daemon_request(
+        self, method: str, route: str, body: dict[str, Any] | None = None, *, start: bool = True
+    ) -> dict[str, Any]:
+        """Send a request to the daemon, starting one if none runs (unless `start` is False or it is configured off).
+
+        Raises what the daemon answers, or DaemonUnavailableError.
+        """
+        return self._with_daemon(lambda connection: connection.request(method, route, body), start=start)
+
+    def _with_daemon(self, call: Callable[[DaemonConnection], T], *, start: bool = True) -> T:
+        if self._pid != os.getpid():
+            self._after_fork()
+        try:
+            return call(self._connection)
+        except ConnectionLostError as lost:
+            if not start or not self.config.daemon.autostart:
+                raise DaemonUnavailableError(
+                    f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
+                ) from lost
+        start_daemon(self.config, autostarted=True)
+        try:
+            return call(self._connection)
+        except ConnectionLostError as lost:
+            raise DaemonUnavailableError(f"the daemon went away again: {lost}; see {self._layout.log}") from lost
+
+    def close(self) -> None:
+        """See Client."""
+        if self._pid == os.getpid():
+            self._connection.close()
+            if self._ring is not None:
+                self._ring.abandon()
+                self._ring = None
+
+    def _access_ring(self) -> AccessRing:
+        ring = self._ring
+        if ring is None:
+            with self._ring_lock:
+                ring = self._ring
+                if ring is None:
+                    ring = self._ring = AccessRing(str(self._layout.accesses))
+        return ring
+
+    def _after_fork(self) -> None:
+        """Leave everything to the parent and begin anew. Its ring is let go of so that its lock is not held by us."""
+        if self._ring is not None:
+            self._ring.abandon()
+        self._begin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["config"])  # type: ignore[misc]
+
+
+def _prefix(location: Location[PublishedMount]) -> str:
+    return f"{location.key}/" if location.key else ""
+
+
+def _existing(known: Known, path: str) -> RecordEntry:
+    if known.entry is None:
+        raise NotFoundError(f"no such file or directory: {path}")
+    return known.entry
+
+
+def _wanted(entry: Entry, start: int, stop: int) -> dict[str, Any]:
+    return {"path": entry.path, "version": entry.version, "size_bytes": entry.size_bytes, "start": start, "stop": stop}
+
+
+def _entry_from_wire(path: str, body: dict[str, Any]) -> Entry:
+    try:
+        return Entry(path, EntryKind(body["kind"]), body["size_bytes"], body["mtime_ns"], body["version"])
+    except (KeyError, ValueError) as error:
+        raise OrchestraError(f"the daemon's answer about {path} cannot be understood") from error

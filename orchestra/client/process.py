@@ -1,0 +1,130 @@
+"""The daemon as a process: started in the background, asked, stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestra.blocks.layout import CacheLayout
+from orchestra.client.wire import ConnectionLostError, DaemonConnection
+from orchestra.config import Config
+from orchestra.errors import CacheDirectoryError, DaemonUnavailableError, from_wire
+
+# Opening a cache of millions of extents after a crash takes some seconds; a daemon that needs longer is stuck.
+START_TIMEOUT_S = 60.0
+_STATUS_TIMEOUT_S = 10.0
+
+
+def daemon_status(config: Config) -> dict[str, Any] | None:
+    """Return the daemon's status, None if none runs."""
+    connection = _connect(config)
+    try:
+        return connection.request("GET", "/v1/status")
+    except ConnectionLostError:
+        return None
+    finally:
+        connection.close()
+
+
+def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]:
+    """Start the daemon in the background unless one runs; return its status once it answers.
+
+    Many processes may call this at one moment: one starts it, the others wait. Raises what kept it from starting.
+    """
+    with _one_starter(config):
+        status = daemon_status(config)
+        if status is None:
+            _wait_until_free(config)
+            _spawn(config, autostarted=autostarted)
+            status = daemon_status(config)
+    if status is None:
+        raise DaemonUnavailableError(f"the daemon stopped right after its start; see {_layout(config).log}")
+    return status
+
+
+def stop_daemon(config: Config) -> bool:
+    """Stop the daemon and wait until its cache directory is free; False if none ran."""
+    connection = _connect(config)
+    try:
+        connection.request("POST", "/v1/stop", {})
+    except ConnectionLostError:
+        return False
+    finally:
+        connection.close()
+    _wait_until_free(config)
+    return True
+
+
+def _layout(config: Config) -> CacheLayout:
+    return CacheLayout(config.cache.dir)
+
+
+def _connect(config: Config) -> DaemonConnection:
+    return DaemonConnection(str(_layout(config).socket), timeout_s=_STATUS_TIMEOUT_S)
+
+
+@contextmanager
+def _one_starter(config: Config) -> Iterator[None]:
+    """Hold a lock on the cache directory itself: it needs no file, and nothing else locks it."""
+    root = config.cache.dir
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileExistsError as error:
+        raise CacheDirectoryError(f"cache.dir {root} is a file, not a directory") from error
+    except OSError as error:
+        raise CacheDirectoryError(f"cache.dir {root} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _wait_until_free(config: Config) -> None:
+    """Return when no daemon owns the cache directory: one that answers no more may still be writing its books."""
+    lock = _layout(config).lock
+    if lock.exists():
+        with lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _spawn(config: Config, *, autostarted: bool) -> None:
+    """Start `orchestra daemon run` without a parent, and wait until it says that it is ready."""
+    ready, their_end = os.pipe()
+    command = [sys.executable, "-m", "orchestra"]
+    if config.source is not None:
+        command += ["--config", str(Path(config.source).resolve())]
+    command += ["daemon", "run", "--ready-fd", str(their_end)]
+    if autostarted:
+        command.append("--autostarted")
+    try:
+        # Through a shell that exits at once: the daemon is nobody's child, so nobody must wait for it.
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" </dev/null >/dev/null 2>&1 &', "sh", *command],
+            check=True,
+            pass_fds=(their_end,),
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        os.close(their_end)
+    with os.fdopen(ready, "rb") as pipe:
+        if not select.select([pipe], [], [], START_TIMEOUT_S)[0]:
+            raise DaemonUnavailableError(
+                f"the daemon did not get ready within {START_TIMEOUT_S:.0f} s; see {_layout(config).log}"
+            )
+        message = pipe.read()
+    if not message:
+        raise DaemonUnavailableError(f"the daemon could not be started; see {_layout(config).log}")
+    answer = json.loads(message)
+    if "code" in answer:
+        raise from_wire(answer)

@@ -1,0 +1,49 @@
+"""The web application: routes, and the outermost frame around every request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from orchestra.daemon.api import control, data
+from orchestra.daemon.api.context import NODE, Activity, answer
+from orchestra.daemon.assembly import Node
+from orchestra.errors import OrchestraError, UsageError, http_status_of, to_wire
+
+log = logging.getLogger(__name__)
+
+# The largest body is a list of paths (ensure_many): a batch of 10,000 long ones.
+BODY_LIMIT_BYTES = 64 * 1024 * 1024
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Application:
+    """Return the application of `node`; `stop` is set by POST /v1/stop."""
+
+    @web.middleware
+    async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
+        activity.begin()
+        try:
+            return await handler(request)
+        except OrchestraError as error:
+            return answer(to_wire(error), status=http_status_of(error))
+        except web.HTTPException as error:
+            return answer(to_wire(UsageError(f"{request.method} {request.path}: {error.reason}")), status=error.status)
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise  # the client went away
+        except Exception as error:
+            log.exception("%s %s failed", request.method, request.path)
+            text = f"internal error in the daemon ({type(error).__name__}); see {node.layout.log}"
+            return answer(to_wire(OrchestraError(text)), status=500)
+        finally:
+            activity.end()
+
+    app = web.Application(middlewares=[frame], client_max_size=BODY_LIMIT_BYTES)
+    app[NODE] = node
+    control.add_routes(app, stop)
+    data.add_routes(app)
+    return app

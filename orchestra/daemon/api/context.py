@@ -1,0 +1,69 @@
+"""What all routes share: the node, JSON in and out, and whether anybody is being served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from orchestra.clock import Clock
+from orchestra.daemon.assembly import Node
+from orchestra.errors import UsageError
+
+NODE: web.AppKey[Node] = web.AppKey("node", Node)
+
+
+class Activity:
+    """Knows since when nothing happened."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._running = 0
+        self._last_ns = clock.now_ns()
+        self.requests_total = 0
+
+    def begin(self) -> None:
+        """A request came in."""
+        self._running += 1
+        self.requests_total += 1
+
+    def end(self) -> None:
+        """A request was answered."""
+        self._running -= 1
+        self._last_ns = self._clock.now_ns()
+
+    def note(self) -> None:
+        """Something else happened: a reader read."""
+        self._last_ns = self._clock.now_ns()
+
+    def idle_s(self) -> float:
+        """Seconds since the last sign of life; 0 while a request is being served."""
+        return 0.0 if self._running else (self._clock.now_ns() - self._last_ns) / 1e9
+
+
+def answer(body: dict[str, Any], status: int = 200) -> web.Response:
+    """Return a JSON answer."""
+    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
+
+
+async def body_of(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object that was sent. Raises UsageError."""
+    raw = await request.read()
+    try:
+        body = msgspec.json.decode(raw) if raw else {}
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{request.path}: the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise UsageError(f"{request.path}: the body is not a JSON object")
+    return body
+
+
+def typed(body: dict[str, Any], name: str, kind: type, default: Any = ...) -> Any:
+    """Return a field of that type. Raises UsageError naming it."""
+    value = body.get(name, default)
+    if value is ...:
+        raise UsageError(f"field {name!r} is missing")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"field {name!r}: expected {kind.__name__}, got {value!r}")
+    return value

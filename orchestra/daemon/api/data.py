@@ -1,0 +1,117 @@
+"""Routes of the data path: stat, list, ensure, read. They answer misses; hits never come here."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from orchestra.daemon.api.context import NODE, answer, body_of, typed
+from orchestra.daemon.assembly import Node
+from orchestra.engine.engine import Wanted
+from orchestra.errors import OrchestraError, UsageError, to_wire
+from orchestra.metadata.records import RecordEntry
+from orchestra.values import ByteRange, EntryKind
+
+# Paths of one ensure_many fetched at the same time; the stores' own limits are what counts in the end.
+_MANY_AT_ONCE = 256
+
+
+def add_routes(app: web.Application) -> None:
+    """Add the routes to `app`."""
+    app.router.add_post("/v1/ensure", ensure)
+    app.router.add_post("/v1/ensure_many", ensure_many)
+    app.router.add_post("/v1/stat", stat)
+    app.router.add_post("/v1/list", list_directory)
+    app.router.add_post("/v1/read", read)
+
+
+async def stat(request: web.Request) -> web.Response:
+    """POST {path, refresh?} -> {kind, size_bytes, mtime_ns, version}; the record is published for all readers."""
+    body = await body_of(request)
+    entry = await request.app[NODE].engine.stat(typed(body, "path", str), refresh=typed(body, "refresh", bool, False))
+    return answer(_entry_json(entry))
+
+
+async def list_directory(request: web.Request) -> web.Response:
+    """POST {path, refresh?} -> {count}; the listing itself is published, not sent."""
+    body = await body_of(request)
+    record = await request.app[NODE].engine.list_directory(
+        typed(body, "path", str), refresh=typed(body, "refresh", bool, False)
+    )
+    return answer({"count": len(record) if record is not None else 0})
+
+
+async def ensure(request: web.Request) -> web.Response:
+    """POST {path, version, size_bytes, start, stop, ahead_stop?, suspect?} -> {kept}: the bytes are present now.
+
+    `ahead_stop`: go on fetching up to there in the background.
+    """
+    body = await body_of(request)
+    node = request.app[NODE]
+    wanted = _wanted(node, body)
+    ahead_stop = typed(body, "ahead_stop", int, 0)
+    if ahead_stop > wanted.byte_range.stop:
+        # First what is waited for: both end up in the same queue.
+        waited = asyncio.ensure_future(node.engine.ensure(wanted, suspect=typed(body, "suspect", bool, False)))
+        await asyncio.sleep(0)
+        node.prefetch.ahead(node.prefetch.rest_of(wanted, ahead_stop))
+        return answer({"kept": await waited})
+    return answer({"kept": await node.engine.ensure(wanted, suspect=typed(body, "suspect", bool, False))})
+
+
+async def ensure_many(request: web.Request) -> web.Response:
+    """POST {paths} -> {errors: [{path, code, message}]}: the current versions of whole objects are present now."""
+    body = await body_of(request)
+    node = request.app[NODE]
+    slots = asyncio.Semaphore(_MANY_AT_ONCE)
+
+    async def one(path: Any) -> dict[str, Any] | None:
+        async with slots:
+            try:
+                entry = await node.engine.stat(str(path))
+                if entry.kind is EntryKind.FILE:
+                    whole = ByteRange(0, entry.size_bytes)
+                    await node.engine.ensure(node.engine.want(str(path), entry.version, entry.size_bytes, whole))
+            except OrchestraError as error:
+                return {"path": path, **to_wire(error)}
+            return None
+
+    results = await asyncio.gather(*(one(path) for path in typed(body, "paths", list)))
+    return answer({"errors": [result for result in results if result is not None]})
+
+
+async def read(request: web.Request) -> web.StreamResponse:
+    """POST as for ensure -> the bytes, straight from the store: for readers that cannot use the cache directory."""
+    body = await body_of(request)
+    node = request.app[NODE]
+    wanted = _wanted(node, body)
+    pieces = node.engine.read_uncached(wanted)
+    # The first piece is fetched before the status is sent, so that most errors have one of their own.
+    first = await anext(pieces, b"")
+    response = web.StreamResponse()
+    response.content_type = "application/octet-stream"
+    response.content_length = wanted.byte_range.length
+    await response.prepare(request)
+    await response.write(bytes(first))
+    async for piece in pieces:
+        await response.write(bytes(piece))
+    await response.write_eof()
+    return response
+
+
+def _wanted(node: Node, body: dict[str, Any]) -> Wanted:
+    size, start, stop = (typed(body, name, int) for name in ("size_bytes", "start", "stop"))
+    if not 0 <= start <= stop <= size:
+        raise UsageError(f"not a range of {size} bytes: [{start}, {stop})")
+    return node.engine.want(typed(body, "path", str), typed(body, "version", str), size, ByteRange(start, stop))
+
+
+def _entry_json(entry: RecordEntry) -> dict[str, Any]:
+    return {
+        "kind": int(entry.kind),
+        "size_bytes": entry.size_bytes,
+        "mtime_ns": entry.mtime_ns,
+        "version": entry.version,
+    }

@@ -1,0 +1,144 @@
+"""Where the daemon's live objects are made and joined; the only place that knows all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from orchestra.blocks.accounts import Accounts, SpaceLimit
+from orchestra.blocks.eviction import make_policy
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.index import BlockIndex
+from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
+from orchestra.blocks.store import BlockStore
+from orchestra.clock import Clock, SystemClock, boot_id
+from orchestra.config import Config, FetchConfig
+from orchestra.daemon.lock import OwnerLock
+from orchestra.daemon.mounts import MountAdmin, StoreOpener
+from orchestra.engine.engine import Engine
+from orchestra.engine.mounted import OpenedMount
+from orchestra.fetch.budget import ByteBudget
+from orchestra.fetch.fetcher import Fetcher
+from orchestra.metadata.catalog import Catalog
+from orchestra.metadata.reader import MetadataReader
+from orchestra.namespace.mounts import MountTable
+from orchestra.namespace.paths import is_shown_name
+from orchestra.observe.access_ring import AccessLog
+from orchestra.prefetch.runner import PrefetchRunner
+from orchestra.stores.contract import StoreSettings, UnderStore
+from orchestra.stores.failover import FailoverStore
+
+# Threads that write blocks and verify them: the disk is one, and two more hide its waits.
+_WRITERS = 3
+
+
+@dataclass(slots=True)
+class Node:
+    """Everything that a daemon is made of."""
+
+    config: Config
+    layout: CacheLayout
+    geometry: Geometry
+    lock: OwnerLock
+    clock: Clock
+    blocks: BlockStore
+    index: BlockIndex
+    budget: ByteBudget
+    fetcher: Fetcher
+    catalog: Catalog
+    engine: Engine
+    mounts: MountAdmin
+    accesses: AccessLog
+    prefetch: PrefetchRunner
+    writers: ThreadPoolExecutor
+    started_ns: int
+
+
+def assemble(
+    config: Config, *, started: str, clock: Clock | None = None, open_store: StoreOpener | None = None
+) -> Node:
+    """Open the cache directory and make a node on it; runs inside the daemon's event loop.
+
+    Raises CacheDirectoryError, ConfigError. Nothing is left open then but what the ending process closes.
+    """
+    asyncio.get_running_loop()
+    clock = clock or SystemClock()
+    geometry = Geometry(config.cache.block_size_bytes, config.cache.extent_size_bytes)
+    layout, geometry = prepare(config.cache.dir, geometry)
+    lock = OwnerLock(layout.lock, started=started)
+    empty_tmp(layout)
+    blocks, index = _open_blocks(config, layout, geometry)
+    reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
+    catalog = Catalog(layout, str(layout.tmp), reader, clock=clock, boot_id=boot_id(), is_shown_name=is_shown_name)
+    budget = ByteBudget(config.fetch.in_flight_bytes_max)
+    fetcher = Fetcher(budget)
+    writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
+    nothing: MountTable[OpenedMount] = MountTable([])
+    engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
+
+    def use(table: MountTable[OpenedMount]) -> None:
+        engine.mounts = table
+
+    mounts = MountAdmin(
+        config,
+        layout,
+        geometry,
+        open_store=open_store or _open_store,
+        open_failover=FailoverStore,
+        environ=os.environ,
+        on_change=use,
+    )
+    return Node(
+        config=config,
+        layout=layout,
+        geometry=geometry,
+        lock=lock,
+        clock=clock,
+        blocks=blocks,
+        index=index,
+        budget=budget,
+        fetcher=fetcher,
+        catalog=catalog,
+        engine=engine,
+        mounts=mounts,
+        accesses=AccessLog(str(layout.accesses)),
+        prefetch=PrefetchRunner(engine, geometry),
+        writers=writers,
+        started_ns=clock.now_ns(),
+    )
+
+
+async def disassemble(node: Node) -> None:
+    """Stop everything in the order that loses nothing, and give the cache directory back."""
+    await node.prefetch.close()
+    await node.engine.close()
+    await node.mounts.close()
+    node.writers.shutdown(wait=True)
+    node.blocks.close()
+    node.index.mark_clean(True)
+    node.index.close()
+    node.accesses.close()
+    node.lock.release()
+
+
+def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tuple[BlockStore, BlockIndex]:
+    index = BlockIndex(layout.index)
+    rows, clean = index.load()
+    limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.root))
+    accounts = Accounts(make_policy(config.cache.eviction), limit, index)
+    accounts.load(rows)
+    blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
+    if not clean:
+        blocks.recount()
+    index.mark_clean(False)
+    blocks.flush()
+    return blocks, index
+
+
+def _open_store(settings: StoreSettings, fetch: FetchConfig) -> UnderStore:
+    # Late, so that a process which only looks at settings does not load the store clients.
+    from orchestra.stores.registry import open_store
+
+    return open_store(settings, fetch)

@@ -1,0 +1,145 @@
+"""The daemon's life: start, serve, keep the books, stop.
+
+Owns: the process (signals, socket, log, readiness). Leaves to others: what it is made of (assembly) and what it answers
+(api). It never forks after its start: the store client's threads would not survive that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+
+import orchestra
+from orchestra.config import Config
+from orchestra.daemon.api.app import make_app
+from orchestra.daemon.api.context import Activity
+from orchestra.daemon.assembly import Node, assemble, disassemble
+from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
+from orchestra.observe.logs import log_to_file, log_to_stderr
+
+log = logging.getLogger(__name__)
+
+# How often readers' notes are looked at: often while a stream is being read ahead of, else now and then.
+_NOTES_INTERVAL_FAST_S = 0.02
+_NOTES_INTERVAL_S = 0.5
+# How often the index is written: what a crash loses is the order of use of that long, and a recount at the start.
+_FLUSH_INTERVAL_S = 2.0
+# How long requests under way may go on after the daemon was told to stop.
+_DRAIN_TIMEOUT_S = 5.0
+
+
+def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = None) -> None:
+    """Serve until told to stop (SIGTERM, SIGINT, POST /v1/stop, or idleness when `autostarted`).
+
+    `ready_fd` gets one line when requests are answered: {} or the error that kept the daemon from starting.
+    Raises CacheDirectoryError, ConfigError.
+    """
+    notify = _notifier(ready_fd)
+    try:
+        asyncio.run(_serve(config, autostarted=autostarted, in_background=ready_fd is not None, notify=notify))
+    except OrchestraError as error:
+        notify(json.dumps(to_wire(error)))
+        raise
+    finally:
+        notify("")
+
+
+def _notifier(ready_fd: int | None) -> Callable[[str], None]:
+    """Return a function that writes its first message to `ready_fd` and closes it."""
+    fds = [] if ready_fd is None else [ready_fd]
+
+    def notify(message: str) -> None:
+        while fds:
+            fd = fds.pop()
+            with contextlib.suppress(OSError):  # whoever started us may be gone; the daemon is not for it alone
+                os.write(fd, message.encode())
+            os.close(fd)
+
+    return notify
+
+
+async def _serve(config: Config, *, autostarted: bool, in_background: bool, notify: Callable[[str], None]) -> None:
+    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    node = assemble(config, started=started)
+    if in_background:
+        log_to_file(node.layout.log)
+    else:
+        log_to_stderr()
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    activity = Activity(node.clock)
+    runner = web.AppRunner(make_app(node, stop, activity), access_log=None, shutdown_timeout=_DRAIN_TIMEOUT_S)
+    await runner.setup()
+    socket_path = _free_socket(node.layout.socket)
+    site = web.UnixSite(runner, str(socket_path), backlog=1024)
+    await site.start()
+    socket_path.chmod(0o600)
+    log.info("orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table))
+    notify("{}")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            keeping = [
+                tasks.create_task(_watch_accesses(node, activity)),
+                tasks.create_task(_flush_index(node)),
+                tasks.create_task(_stop_when_idle(config, activity, stop) if autostarted else stop.wait()),
+            ]
+            await stop.wait()
+            for task in keeping:
+                task.cancel()
+    finally:
+        log.info("stopping")
+        socket_path.unlink(missing_ok=True)  # first: whoever comes now starts a successor, and waits for our lock
+        await runner.cleanup()
+        await disassemble(node)
+
+
+def _free_socket(path: Path) -> Path:
+    """Remove what a dead daemon left (the owner lock says that no live one uses it) and make the folder."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    info = path.parent.stat()
+    if info.st_uid != os.getuid() or info.st_mode & 0o022:
+        raise CacheDirectoryError(f"refusing {path.parent} for the daemon's socket: others may write there")
+    path.unlink(missing_ok=True)
+    return path
+
+
+async def _watch_accesses(node: Node, activity: Activity) -> None:
+    per_extent = node.geometry.blocks_per_extent
+    while True:
+        await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following else _NOTES_INTERVAL_S)
+        notes = node.accesses.collect()
+        if not notes:
+            continue
+        activity.note()
+        node.prefetch.on_notes(notes)
+        for note in notes:
+            digest = note.digest.hex()
+            for block in range(note.first_block, note.first_block + note.block_count, per_extent):
+                node.blocks.touch(digest, block)
+
+
+async def _flush_index(node: Node) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(_FLUSH_INTERVAL_S)
+        await loop.run_in_executor(node.writers, node.blocks.flush)
+
+
+async def _stop_when_idle(config: Config, activity: Activity, stop: asyncio.Event) -> None:
+    limit_s = config.daemon.idle_timeout_s
+    while (left_s := limit_s - activity.idle_s()) > 0:
+        await asyncio.sleep(left_s)
+    log.info("nothing to do for %.0f s", limit_s)
+    stop.set()
