@@ -108,7 +108,7 @@ class Directories:
 
     def _cache_flags(self, inode: Inode, view: DirectoryView) -> int:
         copy = self._copies.get(inode.nodeid)
-        if copy is not None and copy.view is view:
+        if copy is not None and copy.view == view:  # a client may give equal views of one listing
             copy.opens += 1
             return _KEEP
         if copy is not None and copy.opens:
@@ -129,7 +129,7 @@ class Directories:
             if directory is None:
                 return
             copy = self._copies.get(directory.inode.nodeid)
-            if copy is not None and copy.view is directory.view:
+            if copy is not None and copy.view == directory.view:
                 copy.opens -= 1
 
     def forgotten(self, nodeid: int) -> None:

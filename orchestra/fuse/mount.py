@@ -72,7 +72,7 @@ def resolve_folder(folder: str) -> str:
     if path == "/":
         return path
     parent, name = os.path.split(path)
-    resolved = os.path.join(os.path.realpath(parent), name)  # noqa: PTH118 - text in, text out
+    resolved = os.path.join(os.path.realpath(parent), name)
     return resolved if mount_at(resolved) else os.path.realpath(resolved)
 
 
@@ -129,7 +129,7 @@ def attach(target: str, options: MountOptions) -> int:
 
     With mount(2) where that is permitted, else through fusermount3. Raises MountError.
     """
-    if not os.path.exists(DEVICE):  # noqa: PTH110 - as above
+    if not os.path.exists(DEVICE):
         raise MountError(
             f"{DEVICE} does not exist: load the kernel module (modprobe fuse), or give the container the device"
         )

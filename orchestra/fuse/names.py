@@ -43,14 +43,14 @@ _FOREVER = timeout_of(float("inf"))
 class Attributes:
     """Makes the kernel's view of entries: owner, permissions and timeouts are the mount's, the rest is the entry's."""
 
-    def __init__(self, client: Client, options: MountOptions) -> None:
+    def __init__(self, client: Client, root: Entry, options: MountOptions) -> None:
         self._freshness_s = client.freshness_s
         self._fixed = None if options.attr_timeout_s is None else timeout_of(options.attr_timeout_s)
         self._timeouts: dict[float, Timeout] = {}  # one entry a distinct freshness, of which a namespace has few
         self._owner = (options.uid, options.gid)
         self._file_mode = S_IFREG | (0o444 & ~options.umask)
         self._directory_mode = S_IFDIR | (0o555 & ~options.umask)
-        self._root = options.root
+        self._root_path = root.path
 
     def entry_timeout(self, path: str) -> Timeout:
         """How long the kernel may believe that `path` leads where it does, or nowhere."""
@@ -70,7 +70,7 @@ class Attributes:
         """Return the attributes of `entry`; directories count one link, which tells `find` not to count on links."""
         seconds, nanoseconds = divmod(max(0, entry.mtime_ns), 1_000_000_000)
         size = entry.size_bytes
-        ino = ROOT_NODEID if entry.path == self._root else inode_number_of(entry)
+        ino = ROOT_NODEID if entry.path == self._root_path else inode_number_of(entry)
         mode = self._directory_mode if entry.is_directory else self._file_mode
         times = (seconds, seconds, seconds, nanoseconds, nanoseconds, nanoseconds)
         return (ino, size, (size + 511) >> 9, *times, mode, 1, *self._owner, 0, _BLOCK_SIZE_BYTES, 0)

@@ -79,7 +79,7 @@ class Session:
         self._device_fd = device_fd
         self._options = options
         self._incoming = bytearray(REQUEST_BYTES_MAX)
-        attributes = Attributes(client, options)
+        attributes = Attributes(client, root, options)
         self._names = Names(client, self.table, self.channel, attributes, self._incoming)
         self._directories = Directories(client, self.table, self.channel, attributes, self._incoming)
         self._files = Files(client, self.table, self.channel, options, self._incoming, self._names.suspect)

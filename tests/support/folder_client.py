@@ -8,6 +8,7 @@ that nothing else is held up, without looking at a clock.
 from __future__ import annotations
 
 import bisect
+import builtins
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -199,7 +200,7 @@ class FolderClient:
         finally:
             handle.close()
 
-    def read_many(self, paths: Sequence[str]) -> list[bytes]:
+    def read_many(self, paths: Sequence[str]) -> builtins.list[bytes]:
         return [self.read_file(path) for path in paths]
 
     @property
