@@ -59,7 +59,7 @@ def mount() -> None:
 @click.argument("uris", metavar="URI...", nargs=-1, required=True)
 @_settings
 @pass_session
-def add(session: Session, path: str, uris: tuple[str, ...], options: tuple[str, ...], **given: Any) -> None:
+def add(session: Session, /, path: str, uris: tuple[str, ...], options: tuple[str, ...], **given: Any) -> None:
     """Attach the store at URI at PATH; more URIs name copies of the same data, tried in order."""
     table = _given(given) | {"path": path, "uris": list(uris), "options": _parsed_options(options)}
     session.client.daemon_request("POST", ROUTE, _to_wire(parse_mount(table)))
@@ -105,6 +105,7 @@ def remove(session: Session, path: str) -> None:
 @pass_session
 def update(
     session: Session,
+    /,
     path: str,
     uris: tuple[str, ...],
     options: tuple[str, ...],

@@ -13,7 +13,7 @@ import click
 from orchestra.config import Config, load_config
 
 if TYPE_CHECKING:
-    from orchestra.client.connect import NodeClient
+    from orchestra.client.node import NodeClient
 
 
 @dataclass(slots=True)
