@@ -1,0 +1,277 @@
+"""One HTTP request and its verdict, for the stores that must see headers: http.py and s3_wire.py.
+
+Owns: the aiohttp session, translation of its failures, and what an answer to a range request must look like. Leaves
+to others: URLs, signatures, what a version is compared with.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+from orchestra.clock import Clock
+from orchestra.errors import ConfigError, OrchestraError, StoreError, StoreUnavailableError
+from orchestra.stores.translate import Operation, changed, error_for_status, retry_after_s, s3_code, unavailable
+from orchestra.units import MIB
+from orchestra.values import ByteRange, weak_version
+
+# A LIST answer of 1,000 keys of 1,024 bytes, each percent-encoded, is 3 MiB and its markup; an index page of 100,000
+# links is 10 MiB. More is no listing.
+DOCUMENT_BYTES_MAX = 16 * MIB
+# A server that ignores Range sends the whole object: reading up to 16 MiB to cut a block out of it is a slow answer,
+# more would be a download per block.
+WHOLE_BODY_BYTES_MAX = 16 * MIB
+REDIRECTS_MAX = 3
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\s*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """How to connect. `proxy_url` is not shown: it may hold a password."""
+
+    requests_max: int
+    attempt_timeout_s: float
+    ca_file: str = ""
+    allow_invalid_certificates: bool = False
+    proxy_url: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A successful answer; `path` is where redirects led, percent-encoded."""
+
+    status: int
+    path: str
+    headers: CIMultiDictProxy[str]
+    body: bytes
+
+
+class HttpClient:
+    """Sends requests without bodies; every failure comes out as one of our errors. Opens nothing before its first."""
+
+    def __init__(self, settings: HttpSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._session: aiohttp.ClientSession | None = None
+        self._ssl: ssl.SSLContext | bool = _ssl_context(settings)
+
+    async def close(self) -> None:
+        """Close all connections. Idempotent."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(
+                total=None,  # bounded by progress here, in whole by timeout.py
+                sock_connect=min(10.0, self._settings.attempt_timeout_s),
+                sock_read=self._settings.attempt_timeout_s,
+            )
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._settings.requests_max, ssl=self._ssl),
+                timeout=timeout,
+                auto_decompress=False,  # a ranged gzip body cannot be decompressed; check_encoding refuses it
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    async def fetch(
+        self, method: str, url: str, headers: Mapping[str, str], operation: Operation, *, redirects: bool = False
+    ) -> Answer:
+        """Return a 2xx answer with its whole body, which must be a document (DOCUMENT_BYTES_MAX)."""
+        try:
+            async with self._request(method, url, headers, redirects) as response:
+                await self._check_status(response, operation)
+                body = await _read_at_most(response, DOCUMENT_BYTES_MAX, operation)
+                return Answer(response.status, response.url.raw_path, response.headers, body)
+        except OrchestraError:
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise _translated(error, operation, self._settings) from error
+
+    async def fetch_range(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        operation: Operation,
+        *,
+        byte_range: ByteRange,
+        size_bytes: int,
+        version: str,
+        redirects: bool = False,
+    ) -> bytes:
+        """Return exactly the bytes of `byte_range` of that version, or raise what contract.py promises for `read`.
+
+        `headers` ask for the range and carry the condition; the answer is checked all the same.
+        """
+        try:
+            async with self._request("GET", url, headers, redirects) as response:
+                await self._check_status(response, operation)
+                check_encoding(response.headers, operation)
+                skip = check_range_answer(response.status, response.headers, byte_range, size_bytes, operation)
+                now = version_of_headers(response.headers, size_bytes)
+                if now != version:
+                    raise changed(operation, was=version, now=now)
+                data = await _read_at_most(response, skip + byte_range.length, operation, cut=response.status == 200)
+        except OrchestraError:
+            raise
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise _translated(error, operation, self._settings) from error
+        if len(data) != skip + byte_range.length:
+            raise unavailable(operation, f"the body ended after {len(data)} of {skip + byte_range.length} bytes")
+        return data[skip:] if skip else data
+
+    def _request(
+        self, method: str, url: str, headers: Mapping[str, str], redirects: bool
+    ) -> aiohttp.client._RequestContextManager:
+        return self._open_session().request(
+            method,
+            URL(url, encoded=True),
+            headers={**headers, "accept-encoding": "identity"},
+            allow_redirects=redirects,
+            max_redirects=REDIRECTS_MAX,
+            proxy=self._settings.proxy_url or _environment_proxy(url),
+        )
+
+    async def _check_status(self, response: aiohttp.ClientResponse, operation: Operation) -> None:
+        if 200 <= response.status < 300:
+            return
+        code = ""
+        if (response.content_length or 0) <= 64 * 1024:
+            code = s3_code((await response.content.read(64 * 1024)).decode("utf-8", "replace"))
+        wait_s = retry_after_s(response.headers, now_s=self._clock.wall_s())
+        raise error_for_status(response.status, operation, code=code, retry_after_s=wait_s)
+
+
+def check_encoding(headers: Mapping[str, str], operation: Operation) -> None:
+    """Raise StoreError for a compressed answer: its lengths and offsets are not those of the object."""
+    encoding = headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "aws-chunked"):
+        raise StoreError(
+            operation.failed(
+                f"the server sends it with Content-Encoding {encoding!r}, so byte ranges would be of the compressed"
+                " form: turn compression off for this folder"
+            )
+        )
+
+
+def check_range_answer(
+    status: int, headers: Mapping[str, str], wanted: ByteRange, size_bytes: int, operation: Operation
+) -> int:
+    """Return how many bytes of the body come before `wanted`: 0 for a right 206, its start for a small whole body.
+
+    Raises StoreUnavailableError for another range, StaleObjectError for another size, StoreError for a large body
+    from a server that ignores ranges.
+    """
+    if status == 206:
+        match = _CONTENT_RANGE.match(headers.get("Content-Range", ""))
+        if match is None:
+            raise unavailable(operation, "the answer to a range request has no readable Content-Range")
+        got = (int(match[1]), int(match[2]) + 1)
+        if got != (wanted.start, wanted.stop):
+            raise unavailable(
+                operation, f"asked for the bytes [{wanted.start}, {wanted.stop}) and got [{got[0]}, {got[1]})"
+            )
+        if match[3] != "*" and int(match[3]) != size_bytes:
+            raise changed(operation, was=f"{size_bytes} bytes", now=f"{match[3]} bytes")
+        return 0
+    length = headers.get("Content-Length", "")
+    if length.isdigit() and int(length) != size_bytes:
+        raise changed(operation, was=f"{size_bytes} bytes", now=f"{length} bytes")
+    if wanted.start and wanted.stop > WHOLE_BODY_BYTES_MAX:
+        raise StoreError(operation.failed("the server ignores byte ranges and the object is too large to be cut here"))
+    return wanted.start
+
+
+def mtime_ns_of(last_modified: str) -> int:
+    """Return a Last-Modified header in nanoseconds since 1970, 0 without a readable one."""
+    try:
+        return int(parsedate_to_datetime(last_modified).timestamp()) * 10**9
+    except (ValueError, TypeError, OverflowError):
+        return 0
+
+
+def version_of_headers(headers: Mapping[str, str], size_bytes: int) -> str:
+    """Return the ETag as sent, else size and modification time."""
+    etag = headers.get("ETag", "").strip()
+    return etag or weak_version(size_bytes, mtime_ns_of(headers.get("Last-Modified", "")))
+
+
+def is_strong_etag(version: str) -> bool:
+    """Return whether If-Match may carry it: a weak ETag (W/) never matches there (RFC 9110, 13.1.1)."""
+    return len(version) >= 2 and version[0] == version[-1] == '"'
+
+
+def http_date(mtime_ns: int) -> str:
+    """Return a time as If-Unmodified-Since carries it."""
+    return datetime.fromtimestamp(mtime_ns // 10**9, UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
+
+
+async def _read_at_most(
+    response: aiohttp.ClientResponse, limit_bytes: int, operation: Operation, *, cut: bool = False
+) -> bytes:
+    """Return the body. More than `limit_bytes` is an error, or left unread with `cut`."""
+    parts: list[bytes] = []
+    length = 0
+    async for part in response.content.iter_any():
+        parts.append(part)
+        length += len(part)
+        if length > limit_bytes and not cut:
+            raise unavailable(operation, f"the body is longer than the {limit_bytes} bytes it may have")
+        if length >= limit_bytes and cut:
+            response.close()  # the rest of a whole body nobody asked for
+            break
+    return b"".join(parts)[:limit_bytes]
+
+
+def _translated(error: Exception, operation: Operation, settings: HttpSettings) -> OrchestraError:
+    if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError)):
+        return StoreError(operation.failed(f"TLS: {_tls_reason(error)}; a private CA goes into the option ca_file"))
+    if isinstance(error, (aiohttp.InvalidURL, aiohttp.TooManyRedirects, UnicodeError)):
+        return StoreError(operation.failed(f"{type(error).__name__}: the server or the URL cannot be followed"))
+    if isinstance(error, TimeoutError):
+        return unavailable(operation, f"no progress for {settings.attempt_timeout_s:g}s")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return unavailable(operation, "the host name cannot be resolved")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return unavailable(operation, f"no connection: {error.os_error.strerror or error.os_error}")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return unavailable(operation, "the body ended early")
+    return StoreUnavailableError(operation.failed(f"the connection failed ({type(error).__name__})"))
+
+
+def _tls_reason(error: Exception) -> str:
+    inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None) or error
+    return str(getattr(inner, "verify_message", "") or getattr(inner, "reason", "") or "the handshake failed")
+
+
+def _ssl_context(settings: HttpSettings) -> ssl.SSLContext | bool:
+    if settings.allow_invalid_certificates:
+        return False
+    if not settings.ca_file:
+        return True
+    try:
+        context = ssl.create_default_context()
+        context.load_verify_locations(cafile=settings.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"option 'ca_file': {settings.ca_file!r} is no readable PEM file of certificates") from error
+    return context
+
+
+def _environment_proxy(url: str) -> str | None:
+    """Return the proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name, as obstore's client does."""
+    parts = urlsplit(url)
+    if proxy_bypass(parts.hostname or ""):
+        return None
+    return getproxies().get(parts.scheme)

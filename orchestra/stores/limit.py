@@ -1,0 +1,131 @@
+"""Bounds the requests in flight to one store, and asks for less when the store says so.
+
+Owns: the window (additive increase, multiplicative decrease) and whose turn it is (first come, first served). Leaves
+to others: priorities and the byte budget (fetch), trying again (retry.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+from orchestra.stores.contract import Buffer, ListPage, UnderStore
+from orchestra.stores.counting import StoreStatistics, statistics_of
+from orchestra.stores.pages import PagesThrough
+from orchestra.stores.translate import ThrottledError
+from orchestra.values import ByteRange, ObjectInfo
+
+Answer = TypeVar("Answer")
+
+
+class RequestWindow:
+    """How many requests may be in flight: starts at the maximum, halves when throttled, then grows by one a window.
+
+    Halves once per window of requests: those that were already in flight at a cut were sent under the old limit, and
+    their throttling says nothing new. Never below one.
+    """
+
+    def __init__(self, requests_max: int) -> None:
+        assert requests_max >= 1, "a window of nothing would wait for ever"
+        self._requests_max = requests_max
+        self._limit = float(requests_max)
+        self._cuts = 0
+        self.throttled = 0
+        self.in_flight = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        return int(self._limit)
+
+    async def acquire(self) -> int:
+        """Wait for a turn; returns the ticket that `release` wants back. Cancelling gives the turn to the next."""
+        if self.in_flight < self.limit and not self._waiters:
+            self.in_flight += 1
+            return self._cuts
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # the turn came and was cancelled in the same step
+                self.in_flight -= 1
+                self._wake()
+            else:
+                with contextlib.suppress(ValueError):  # _wake may have dropped it already
+                    self._waiters.remove(turn)
+            raise
+        return self._cuts
+
+    def release(self, ticket: int, *, was_throttled: bool, succeeded: bool) -> None:
+        """End a request: adapt the limit to how it went and let others in."""
+        self.in_flight -= 1
+        if was_throttled:
+            self.throttled += 1
+            if ticket == self._cuts:
+                self._limit = max(1.0, self._limit / 2)
+                self._cuts += 1
+        elif succeeded:
+            self._limit = min(float(self._requests_max), self._limit + 1 / self._limit)
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters and self.in_flight < self.limit:
+            turn = self._waiters.popleft()
+            if not turn.done():
+                self.in_flight += 1
+                turn.set_result(None)
+
+
+class LimitedStore:
+    """Lets at most the window's number of requests through; a listing takes a turn for each page."""
+
+    def __init__(self, inner: UnderStore, *, requests_max: int) -> None:
+        self._inner = inner
+        self._window = RequestWindow(requests_max)
+
+    @property
+    def store_id(self) -> str:
+        return self._inner.store_id
+
+    def statistics(self) -> StoreStatistics:
+        """Return the wrapped store's counts with the window's."""
+        return dataclasses.replace(
+            statistics_of(self._inner),
+            throttled=self._window.throttled,
+            requests_in_flight=self._window.in_flight,
+            requests_limit=self._window.limit,
+        )
+
+    async def _in_turn(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
+        ticket = await self._window.acquire()
+        was_throttled = succeeded = False
+        try:
+            answer = await request()
+            succeeded = True
+            return answer
+        except ThrottledError:
+            was_throttled = True
+            raise
+        finally:
+            self._window.release(ticket, was_throttled=was_throttled, succeeded=succeeded)
+
+    async def head(self, key: str) -> ObjectInfo:
+        return await self._in_turn(lambda: self._inner.head(key))
+
+    def list_directory(self, prefix: str) -> AsyncIterator[ListPage]:
+        return PagesThrough(self._inner.list_directory(prefix), self._in_turn)
+
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
+        return await self._in_turn(lambda: self._inner.read(info, byte_range))
+
+    async def probe(self) -> None:
+        await self._in_turn(self._inner.probe)
+
+    async def close(self) -> None:
+        await self._inner.close()

@@ -1,0 +1,68 @@
+"""AWS Signature Version 4 for requests without a body, pure.
+
+Owns: the canonical request and its signature. Leaves to others: sending (s3_wire.py). Golden-tested against the
+examples of the S3 documentation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+_UNRESERVED = "-_.~"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """An access key; never shown."""
+
+    access_key_id: str = field(repr=False)
+    secret_access_key: str = field(repr=False)
+    session_token: str = field(default="", repr=False)
+
+
+def encode_path(path: str) -> str:
+    """Return an S3 path as it is signed and sent: every byte but unreserved ones and "/" percent-encoded."""
+    return quote(path, safe="/" + _UNRESERVED)
+
+
+def encode_query(parameters: Sequence[tuple[str, str]]) -> str:
+    """Return the canonical query: sorted, every byte but unreserved ones percent-encoded."""
+    pairs = [(quote(name, safe=_UNRESERVED), quote(value, safe=_UNRESERVED)) for name, value in parameters]
+    return "&".join(f"{name}={value}" for name, value in sorted(pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is signed: `path` and `query` are already encoded, `headers` hold at least `host`, names in lower case."""
+
+    method: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+
+
+def signed_headers(request: Request, credentials: Credentials, *, region: str, wall_s: float) -> dict[str, str]:
+    """Return all headers to send: those of the request, the date, the payload's hash, and Authorization."""
+    stamp = datetime.fromtimestamp(wall_s, UTC).strftime("%Y%m%dT%H%M%SZ")
+    headers = {**request.headers, "x-amz-content-sha256": EMPTY_SHA256, "x-amz-date": stamp}
+    if credentials.session_token:
+        headers["x-amz-security-token"] = credentials.session_token
+    names = ";".join(sorted(headers))
+    lines = "".join(f"{name}:{' '.join(headers[name].split())}\n" for name in sorted(headers))
+    canonical = "\n".join((request.method, request.path, request.query, lines, names, EMPTY_SHA256))
+    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
+    to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
+    key = ("AWS4" + credentials.secret_access_key).encode()
+    for part in (stamp[:8], region, "s3", "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
+    headers["authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.access_key_id}/{scope},SignedHeaders={names},Signature={signature}"
+    )
+    return headers
