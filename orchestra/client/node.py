@@ -39,6 +39,9 @@ from orchestra.namespace.published import PublishedMount, PublishedNamespace, fi
 from orchestra.observe.access_ring import AccessRing
 from orchestra.values import Entry, EntryKind, ObjectId
 
+# How long the published namespace is taken to be what it was: a mount that is added or removed by another process is
+# seen that much later, and a read saves four calls of stat(2).
+_NAMESPACE_RECHECK_NS = 5_000_000
 # Above the fetch deadline of the daemon: it answers with the real reason before we give up on it.
 _ANSWER_MARGIN_S = 30.0
 
@@ -73,6 +76,8 @@ class NodeClient:
         """Make what belongs to this process."""
         self._pid = os.getpid()
         self._namespace: _Namespace | None = None
+        self._namespace_path = str(self._layout.namespace)
+        self._checked_ns = -_NAMESPACE_RECHECK_NS
         self._connection = DaemonConnection(
             str(self._layout.socket), timeout_s=self.config.fetch.deadline_s + _ANSWER_MARGIN_S
         )
@@ -268,8 +273,12 @@ class NodeClient:
         if self._pid != os.getpid():
             self._after_fork()
         namespace = self._namespace
+        now_ns = self._clock.now_ns()
+        if namespace is not None and now_ns - self._checked_ns < _NAMESPACE_RECHECK_NS:
+            return namespace
+        self._checked_ns = now_ns
         try:
-            info = os.stat(self._layout.namespace)
+            info = os.stat(self._namespace_path)
             identity = (info.st_ino, info.st_mtime_ns)
         except OSError:
             identity = (0, 0)
@@ -312,7 +321,9 @@ class NodeClient:
 
         Raises what the daemon answers, or DaemonUnavailableError.
         """
-        return self._with_daemon(lambda connection: connection.request(method, route, body), start=start)
+        answer = self._with_daemon(lambda connection: connection.request(method, route, body), start=start)
+        self._checked_ns = -_NAMESPACE_RECHECK_NS  # what we asked for may have changed the namespace
+        return answer
 
     def _with_daemon(self, call: Callable[[DaemonConnection], T], *, start: bool = True) -> T:
         if self._pid != os.getpid():

