@@ -3,7 +3,7 @@
     python examples/pytorch_images.py --data /data/digits --epochs 2 --workers 2
 
 FOLDER holds one folder per class, and each of those holds PNG files. Every fifth file is kept for testing. One line is
-printed per epoch; `--json FILE` writes the same figures, one JSON object per line.
+printed per epoch, and one JSON object with the exact figures where a program reads them (standard output is a pipe).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -134,7 +134,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that read and decode (default: 2)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="append one JSON object per epoch to FILE")
     return parser.parse_args()
 
 
@@ -151,9 +150,8 @@ def train(options: argparse.Namespace, pictures: type[Pictures], classes: list[s
     test_loader = DataLoader(pictures(tested), batch_size=256, **loader_options)
     for epoch in range(1, options.epochs + 1):
         figures = run_epoch(model, optimizer, train_loader, test_loader)
-        if options.json:
-            with Path(options.json).open("a") as file:
-                file.write(json.dumps({"epoch": epoch, **figures}) + "\n")
+        if not sys.stdout.isatty():
+            print(json.dumps({"epoch": epoch, **figures}), flush=True)
         print(
             f"epoch {epoch}: {figures['time_s']:.2f} s, {figures['images_per_s']:.0f} images/s, "
             f"{figures['data_wait_fraction']:.0%} waiting for data, accuracy {figures['accuracy']:.3f}",
