@@ -100,6 +100,8 @@ class Session:
                     if error.errno in (errno.ENOENT, errno.EAGAIN):  # the asker was killed before we read its request
                         continue
                     raise
+                if end < BODY:  # a device that has closed; /dev/fuse itself answers ENODEV
+                    return
                 _, opcode, unique, nodeid, _, _, _, _, _ = unpack(buffer)
                 index = opcode if opcode < OPCODE_COUNT else 0
                 requests[index] += 1

@@ -81,8 +81,8 @@ class FolderHandle:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._client.handles_open -= 1
             os.close(self._file)
+            self._client.count_handle(-1)
 
 
 class FolderClient:
@@ -123,6 +123,16 @@ class FolderClient:
         """Wait until so many slow calls are waiting."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._held_count >= count, timeout=60), "the calls did not come"
+
+    def count_handle(self, change: int) -> None:
+        with self._changed:
+            self.handles_open += change
+            self._changed.notify_all()
+
+    def wait_no_handles(self) -> None:
+        """Wait until every handle is closed."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.handles_open == 0, timeout=60), "a handle stays open"
 
     def is_uncached(self, path: str) -> bool:
         return _covers(self._uncached, path)
@@ -190,7 +200,7 @@ class FolderClient:
             handle = FolderHandle(self, entry)
         except FileNotFoundError:
             raise StaleObjectError(f"{path} is gone") from None
-        self.handles_open += 1
+        self.count_handle(1)
         return handle
 
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
