@@ -10,7 +10,7 @@ import pytest
 from orchestra.fuse import protocol
 from orchestra.fuse.protocol import InitFlag, timeout_of
 
-_ATTR = tuple(range(1, 17))
+_ATTR: protocol.Attr = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)
 # ino, size, blocks, atime, mtime, ctime as u64, then ten u32.
 _ATTR_HEX = "".join(n.to_bytes(8, "little").hex() for n in range(1, 7)) + "".join(
     n.to_bytes(4, "little").hex() for n in range(7, 17)
