@@ -16,7 +16,6 @@ from typing import Any
 from orchestra.config import MountConfig
 from orchestra.config_keys import Key, checked, config_error, did_you_mean, durations, switch, words
 from orchestra.errors import ConfigError
-from orchestra.units import format_duration
 
 # More replicas of the same data than anyone keeps; each costs a round trip before an error is final.
 URIS_MAX = 16
@@ -46,10 +45,15 @@ def parse_freshness_s(value: object) -> float:
 
 
 def format_freshness(seconds: float) -> str:
-    """Return what `parse_freshness_s` reads, for people."""
+    """Return the text that `parse_freshness_s` reads as `seconds`, in the largest unit that is exact."""
     if math.isinf(seconds):
         return "immutable"
-    return "strict" if seconds == 0 else format_duration(seconds)
+    if seconds == 0:
+        return "strict"
+    for unit, unit_s in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % unit_s == 0:
+            return f"{seconds / unit_s:.0f}{unit}"
+    return f"{seconds:g}s"
 
 
 def looks_secret(name: str, value: str) -> bool:

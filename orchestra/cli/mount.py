@@ -94,6 +94,7 @@ def list_mounts(session: Session, as_json: bool) -> None:
 @pass_session
 def remove(session: Session, path: str) -> None:
     """Detach the store at PATH; nothing in the store changes."""
+    path = path.rstrip("/") or "/"
     session.client.daemon_request("DELETE", f"{ROUTE}?path={quote(path, errors='surrogateescape')}")
 
 
