@@ -1,4 +1,4 @@
-"""The demo's bucket: starts the S3 server's process, fills the bucket, reads it back, asks what reached the server.
+"""The demo's bucket: starts the S3 server's process, reads the bucket back, asks what reached the server.
 
 Owns: everything the demo itself does with the S3 API. Leaves to others: the server (store_server.py).
 """
@@ -14,15 +14,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from orchestra.demo.store_server import LOG_PATH
+from orchestra.demo.store_server import BUCKET, LOG_PATH, REGION
 from orchestra.errors import OrchestraError
 
-BUCKET = "orchestra-demo"
 ACCESS_KEY = "demo"
 SECRET_KEY = "demo-secret"
-REGION = "us-east-1"
 # The server answers one request at a time (it is Python): more in flight only wait in its queue.
 REQUESTS_MAX = 8
 _STOP_TIMEOUT_S = 10.0
@@ -47,7 +45,6 @@ class Bucket:
         import obstore.store  # lives here and in stores only: it must not be loaded where training forks
 
         self.endpoint_url = endpoint_url
-        self._call("PUT", f"/{BUCKET}")
         self._store = obstore.store.S3Store(
             BUCKET,
             endpoint=endpoint_url,
@@ -58,24 +55,11 @@ class Bucket:
             client_options={"allow_http": True},
         )
 
-    def fill(self, objects: Iterable[tuple[str, bytes]]) -> tuple[int, int]:
-        """Put every object; return their number and bytes."""
+    def sizes(self) -> dict[str, int]:
+        """Return every key and its object's size, as the server lists them."""
         import obstore
 
-        sizes: list[int] = []
-
-        async def put(item: tuple[str, bytes]) -> None:
-            await obstore.put_async(self._store, item[0], item[1], use_multipart=False)
-            sizes.append(len(item[1]))
-
-        asyncio.run(_for_each(objects, put))
-        return len(sizes), sum(sizes)
-
-    def keys(self) -> list[str]:
-        """Return every key, as the server lists them."""
-        import obstore
-
-        return sorted(item["path"] for page in obstore.list(self._store) for item in page)
+        return {item["path"]: item["size"] for page in obstore.list(self._store) for item in page}
 
     def digests(self, digest: Callable[[bytes], str]) -> dict[str, str]:
         """Return the digest of every object's bytes, read through the S3 API."""
@@ -87,23 +71,23 @@ class Bucket:
             answer = await obstore.get_async(self._store, key)
             digests[key] = digest(bytes(await answer.bytes_async()))
 
-        asyncio.run(_for_each(self.keys(), read))
+        asyncio.run(_for_each(self.sizes(), read))
         return digests
 
     def requests(self, after: int = 0) -> list[StoreRequest]:
         """Return the requests that reached the server, from number `after` on."""
-        return [StoreRequest(**record) for record in json.loads(self._call("GET", f"{LOG_PATH}?after={after}"))]
+        return [StoreRequest(**record) for record in json.loads(self._get(f"{LOG_PATH}?after={after}"))]
 
-    def _call(self, method: str, target: str) -> Any:
+    def _get(self, target: str) -> bytes:
         connection = http.client.HTTPConnection(self.endpoint_url.removeprefix("http://"), timeout=30)
         try:
-            connection.request(method, target)
+            connection.request("GET", target)
             answer = connection.getresponse()
             body = answer.read()
         finally:
             connection.close()
         if answer.status != 200:
-            raise OrchestraError(f"the demo's S3 server answered {answer.status} to {method} {target}")
+            raise OrchestraError(f"the demo's S3 server answered {answer.status} to GET {target}")
         return body
 
 

@@ -20,6 +20,12 @@ _SIDE = 32  # pixels; the bundled pictures have 8 x 8
 _INK_MAX = 16  # their darkest grey
 
 
+def objects() -> Iterator[tuple[str, bytes]]:
+    """Yield key and bytes of everything."""
+    yield from digit_files()
+    yield BIG_KEY, big_object()
+
+
 def digit_files() -> Iterator[tuple[str, bytes]]:
     """Yield key and PNG bytes of each of the 1,797 pictures: digits/<class>/<number>.png, numbers from 0001."""
     from PIL import Image

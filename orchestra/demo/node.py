@@ -17,7 +17,8 @@ from pathlib import Path
 
 from orchestra.client.process import daemon_status
 from orchestra.config import load_config
-from orchestra.demo.bucket import ACCESS_KEY, BUCKET, REGION, SECRET_KEY
+from orchestra.demo.bucket import ACCESS_KEY, SECRET_KEY
+from orchestra.demo.store_server import BUCKET, REGION
 from orchestra.errors import MountError, OrchestraError
 
 MOUNT_PATH = "/demo"

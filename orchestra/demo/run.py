@@ -20,9 +20,10 @@ from orchestra.demo.node import MOUNT_PATH, Node, demo_environment, running_node
 from orchestra.demo.report import DemoReport, Epoch, count_requests, epoch_line, make_epoch
 from orchestra.demo.training import FOLDER_EXAMPLE, FSSPEC_EXAMPLE, example_path, train
 from orchestra.errors import OrchestraError
-from orchestra.units import format_duration, format_size
+from orchestra.units import format_size
 
 Say = Callable[[str], None]
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_demo(face: str, *, keep: bool, say: Say) -> DemoReport:
@@ -33,15 +34,14 @@ def run_demo(face: str, *, keep: bool, say: Say) -> DemoReport:
     """
     clock = SystemClock()
     with ExitStack() as stack:
-        stack.enter_context(_terminated_as_interrupted())
+        stack.enter_context(_interrupted_once())
         folder = stack.enter_context(_temporary_folder(keep, say))
         environment = demo_environment(folder, os.environ)
-        began_ns = clock.now_ns()
         bucket = stack.enter_context(running_bucket(folder / "store.log", environment))
-        data_bytes = _fill(bucket, say, clock, began_ns)
+        data_bytes = _introduce(bucket, say)
         node = stack.enter_context(running_node(folder, environment, bucket.endpoint_url))
+        stack.callback(_ignore_signals)  # runs before what is above is taken down
         face = _attach(node, face, say)
-        stack.callback(say, "stopping")
         epochs, accuracy = _train(node, bucket, face, data_bytes, say, clock)
         say("verifying every byte of the namespace against the bucket")
         files, size_bytes = _verify(node, bucket, face)
@@ -50,17 +50,24 @@ def run_demo(face: str, *, keep: bool, say: Say) -> DemoReport:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that what was started is stopped."""
+def _interrupted_once() -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM raise KeyboardInterrupt, and no other one disturb what cleans up after it."""
 
     def interrupt(number: int, frame: object) -> None:
+        _ignore_signals()
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {number: signal.signal(number, interrupt) for number in _ENDING_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ignore_signals() -> None:
+    for number in _ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -77,14 +84,13 @@ def _temporary_folder(keep: bool, say: Say) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _fill(bucket: Bucket, say: Say, clock: Clock, began_ns: int) -> int:
-    """Put the data set into the bucket; return the bytes of its pictures."""
-    files, picture_bytes = bucket.fill(dataset.digit_files())
-    bucket.fill([(dataset.BIG_KEY, dataset.big_object())])
-    took = format_duration((clock.now_ns() - began_ns) / 1e9)
-    size = format_size(dataset.BIG_SIZE_BYTES)
-    say(f"an S3 server at {bucket.endpoint_url} holds {files} pictures and one object of {size} (ready in {took})")
-    return picture_bytes
+def _introduce(bucket: Bucket, say: Say) -> int:
+    """Say what is in the bucket; return the bytes of its pictures."""
+    sizes = bucket.sizes()
+    pictures = [size for key, size in sizes.items() if key.startswith(f"{dataset.DIGITS_FOLDER}/")]
+    big = format_size(sizes[dataset.BIG_KEY])
+    say(f"an S3 server at {bucket.endpoint_url} holds {len(pictures)} pictures and one object of {big}")
+    return sum(pictures)
 
 
 def _attach(node: Node, face: str, say: Say) -> str:
