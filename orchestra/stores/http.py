@@ -67,6 +67,8 @@ class HttpStore:
         answer = await self._http.fetch("HEAD", self._url(key), self._headers, operation, redirects=True)
         if answer.path.endswith("/"):  # servers send "folder" on to "folder/", whose index page is no file
             raise NotFoundError(operation.failed("it is a folder"))
+        if _is_made_up(answer.headers):
+            raise NotFoundError(operation.failed("the server answers with a page of its own"))
         check_encoding(answer.headers, operation)
         length = answer.headers.get("Content-Length", "")
         if not length.isdigit():
@@ -155,14 +157,36 @@ class HttpStore:
         return tuple(info for task in tasks if (info := task.result()) is not None)
 
 
+def _is_made_up(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is a page that the server made, such as the index of a folder: HTML without age or version."""
+    return (
+        headers.get("Content-Type", "").startswith("text/html")
+        and "ETag" not in headers
+        and "Last-Modified" not in headers
+    )
+
+
 class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.targets: list[str] = []
+        self._text: list[str] | None = None
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "a":
             self.targets += [value for name, value in attrs if name == "href" and value]
+            self._text = []
+
+    def handle_data(self, data: str) -> None:
+        if self._text is not None:
+            self._text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "a" and self._text is not None:
+            # Some servers link a folder without its slash and show it with one.
+            if self.targets and "".join(self._text).strip().endswith("/") and not self.targets[-1].endswith("/"):
+                self.targets[-1] += "/"
+            self._text = None
 
 
 def links_below(folder_url: str, page: str) -> list[str]:

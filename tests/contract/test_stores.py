@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from email.utils import formatdate
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -20,6 +17,7 @@ from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.stores.registry import open_store
 from orchestra.testing.s3_server import S3Server
 from orchestra.testing.under_store import ODD_KEYS, Delete, Put, PutNumbered, UnderStoreSuite
+from tests.support.web_servers import aiohttp_server, nginx_server, plain_server
 
 FETCH = FetchConfig(requests_max=32, attempt_timeout_s=20.0, deadline_s=40.0)
 # moto's own HTTP routes do not match a newline; that S3 can hold one is shown by the listing (test_stores_s3.py).
@@ -153,3 +151,67 @@ class TestMemory(UnderStoreSuite):
             fsspec.filesystem("memory").rm_file(f"{root}/{key}")
 
         return delete_one
+
+
+class HttpSuite(UnderStoreSuite):
+    tick_s = 0
+
+    @pytest.fixture
+    def put(self, tmp_path: Path) -> Put:
+        return functools.partial(write_file, tmp_path / "data", tick_s=self.tick_s)
+
+    @pytest.fixture
+    def delete(self, tmp_path: Path) -> Delete:
+        async def delete_one(key: str) -> None:
+            (tmp_path / "data" / key).unlink()
+
+        return delete_one
+
+    @pytest.fixture
+    async def url(self, tmp_path: Path) -> AsyncIterator[str]:
+        raise NotImplementedError
+        yield ""
+
+    @pytest.fixture
+    async def store(self, url: str) -> AsyncIterator[UnderStore]:
+        store = open_store(StoreSettings(url, {}), FETCH)
+        yield store
+        await store.close()
+
+
+class TestHttp(HttpSuite):
+    """A server with strong ETags, ranges and conditions."""
+
+    @pytest.fixture
+    async def url(self, tmp_path: Path) -> AsyncIterator[str]:
+        (tmp_path / "data").mkdir()
+        async with aiohttp_server(tmp_path / "data") as url:
+            yield url
+
+
+class TestHttpWithoutRanges(HttpSuite):
+    """A server that answers every GET with the whole file, and knows its time to the second."""
+
+    tick_s = 1
+    many_count = 150  # a thread and a connection each: slow, and the second page is what matters
+
+    @pytest.fixture
+    def url(self, tmp_path: Path) -> Iterator[str]:
+        (tmp_path / "data").mkdir()
+        with plain_server(tmp_path / "data") as url:
+            yield url
+
+
+@pytest.mark.system
+class TestHttpByNginx(HttpSuite):
+    """nginx: its ETag is the time in seconds and the size, and its index hides names that begin with a dot."""
+
+    tick_s = 1
+    odd_keys = tuple(key for key in ODD_KEYS if not key.startswith("."))
+
+    @pytest.fixture
+    async def url(self, tmp_path: Path) -> AsyncIterator[str]:
+        (tmp_path / "data").mkdir()
+        tmp_path.chmod(0o755)
+        async with nginx_server(tmp_path / "data", tmp_path) as url:
+            yield url
