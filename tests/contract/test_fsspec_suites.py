@@ -28,7 +28,8 @@ class SeededFileSystem(OrchestraFileSystem):
     store: Path
 
     def _behind(self, path: str) -> Path:
-        return self.store / self._strip_protocol(path).removeprefix("/data").lstrip("/")
+        below: str = self._strip_protocol(path).removeprefix("/data").lstrip("/")
+        return self.store / below
 
     def touch(self, path: str, truncate: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
         self._behind(path).parent.mkdir(parents=True, exist_ok=True)
