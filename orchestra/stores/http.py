@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from orchestra.clock import Clock
 from orchestra.config import FetchConfig
 from orchestra.errors import ConfigError, NotFoundError, StoreError
-from orchestra.stores.contract import ListPage
+from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.counting import StoreStatistics
 from orchestra.stores.http_client import (
     HttpClient,
@@ -77,7 +77,7 @@ class HttpStore:
         mtime_ns = mtime_ns_of(answer.headers.get("Last-Modified", ""))
         return ObjectInfo(key, size, mtime_ns, version_of_headers(answer.headers, size))
 
-    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> bytes:
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         operation = Operation("read", info.key, self._base_url)
         headers = {**self._headers, "range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
         if is_strong_etag(info.version):

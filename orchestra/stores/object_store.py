@@ -45,7 +45,7 @@ class Wire(Protocol):
 
     async def head(self, key: str) -> ObjectInfo: ...
 
-    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> bytes: ...
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer: ...
 
     def list_directory(self, prefix: str) -> PagedListing[str]: ...
 
@@ -101,10 +101,8 @@ class ObjectStoreStore:
         operation = Operation("read", info.key, self._label)
         try:
             _check_utf8(path, operation)
-            if self._wire is not None and (self._ask_wire or not is_plain_path(path)):
-                data: Buffer = await self._wire.read(info, byte_range)
-                self._ask_wire = False
-                return data
+            if self._wire is not None:  # obstore's threads cost more than the request (range_client.py)
+                return await self._wire.read(info, byte_range)
             return await self._read_by_obstore(path, info, byte_range, operation)
         except NotFoundError as error:
             raise as_stale(error, operation) from error

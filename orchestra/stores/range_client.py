@@ -232,6 +232,8 @@ class _Connection(asyncio.BufferedProtocol):
         length = headers.get("content-length", "")
         if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
             raise NotPlainError("the answer has no plain length")
+        if 200 <= self._status < 300 and self._status != 206:
+            raise NotPlainError("a whole body, or none, for a range")
         limit = self._wanted if self._status == 206 else _ERROR_BODY_BYTES_MAX
         if int(length) > limit:
             raise NotPlainError(f"a body of {length} bytes where {limit} were expected")

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError
-from orchestra.stores.contract import ListPage
+from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.http_client import (
     HttpClient,
     HttpSettings,
@@ -58,7 +58,7 @@ class S3Wire:
         mtime_ns = mtime_ns_of(answer.headers.get("Last-Modified", ""))
         return ObjectInfo(key, size, mtime_ns, version_of_headers(answer.headers, size))
 
-    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> bytes:
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         """GET one range of one version."""
         wanted = {"range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
         if is_strong_etag(info.version):
