@@ -70,6 +70,7 @@ class HttpClient:
         self._session: aiohttp.ClientSession | None = None
         self._ssl: ssl.SSLContext | bool = _ssl_context(settings)
         self._ranges: dict[str, RangeClient | None] = {}
+        self._is_plain = True
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -125,12 +126,14 @@ class HttpClient:
 
         `headers` ask for the range and carry the condition; the answer is checked all the same.
         """
-        ranges = None if redirects else self._range_client(url)
+        ranges = None if redirects or not self._is_plain else self._range_client(url)
         if ranges is not None:
             try:
                 answer = await ranges.get(_target(url), headers, byte_range)
-            except NotPlainError:
-                pass  # asked again below, by the client that reads every kind of answer
+            except NotPlainError as error:
+                # The next try goes below, to the client that reads every kind of answer, until it sees a plain one.
+                self._is_plain = False
+                raise unavailable(operation, str(error)) from error
             except (TimeoutError, OSError) as error:
                 if isinstance(error, OrchestraError):
                     raise unavailable(operation, str(error)) from error
@@ -145,6 +148,7 @@ class HttpClient:
                 now = version_of_headers(response.headers, size_bytes)
                 if now != version:
                     raise changed(operation, was=version, now=now)
+                self._is_plain = response.status == 206
                 data = await _read_at_most(response, skip + byte_range.length, operation, cut=response.status == 200)
         except OrchestraError:
             raise
