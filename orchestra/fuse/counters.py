@@ -34,7 +34,7 @@ class Counters:
         self.backing_refused = 0  # the kernel said no
         self.interrupted = 0  # requests answered EINTR because their caller got a signal
         self.answered_late = 0  # results thrown away because the request had been interrupted
-        self.names_hidden = 0  # names that no path can spell
+        self.names_hidden = 0  # times that a name which no path can spell was left out
         self.entries_expired = 0  # notifications sent after a stale read
         self.errors_unforeseen = 0  # EIO from a defect of ours, with a traceback in the log
         self.stale = 0  # reads of objects that changed under an open file

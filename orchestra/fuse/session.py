@@ -41,12 +41,12 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[int, int, int], None]  # unique, nodeid, end of the request in the buffer
 
-# ASYNC_READ, ASYNC_DIO: read-aheads and the parts of a large direct read are asked for at the same time.
+# ASYNC_READ: read-aheads are asked for at the same time. ASYNC_DIO would do so for the parts of a large direct read, but
+# then the reader sleeps uninterruptibly until the last of them is answered; without it a signal ends the read at once.
 # EXPLICIT_INVAL_DATA: an inode is one version, so the kernel need never drop pages because attributes moved.
 # NO_EXPORT_SUPPORT: our numbers die with the session; a file handle made of one must not outlive it.
 _WANTED = (
     InitFlag.ASYNC_READ
-    | InitFlag.ASYNC_DIO
     | InitFlag.DO_READDIRPLUS
     | InitFlag.READDIRPLUS_AUTO
     | InitFlag.PARALLEL_DIROPS
@@ -133,6 +133,7 @@ class Session:
         table[Opcode.STATFS] = self._statfs
         table[Opcode.ACCESS] = self._access
         table[Opcode.READLINK] = self._with(errno.EINVAL)
+        # Python's open() asks every file whether it is a terminal, and the kernel asks us, whatever we answered before.
         table[Opcode.IOCTL] = self._with(errno.ENOTTY)
         table[Opcode.LOOKUP] = self._names.lookup
         table[Opcode.GETATTR] = self._names.getattr

@@ -6,9 +6,11 @@ command); a thread reads commands. `Server` is the test's end of it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -49,7 +51,9 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        assert isinstance(answer, dict) and "result" in answer, f"{command} failed in the server: {answer}"
+        return answer["result"]
 
     def counters(self) -> dict[str, int]:
         found: dict[str, int] = self.tell("counters")
@@ -79,28 +83,41 @@ def _say(value: Any) -> None:
     os.write(1, (json.dumps(value) + "\n").encode())
 
 
-def _obey(client: FolderClient, sessions: list[Session]) -> None:
+def _obey_all(client: FolderClient, sessions: list[Session]) -> None:
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        if name == "counters":
-            session = sessions[0]
-            _say(
-                session.counters.snapshot()
-                | {
-                    "inodes": len(session.table),
-                    "threads": session.channel.threads_started,
-                    "pending": session.channel.pending_count,
-                    "handles_open": client.handles_open,
-                }
-            )
-        elif name == "extra":
-            client.extra = [Entry(path, EntryKind.FILE, 0, 0, "v") for path in arguments]
-            _say(None)
-        elif name == "defect":
-            client.defects.update(arguments)
-            _say(None)
-        else:
-            _say(getattr(client, name)(*arguments))
+        try:
+            _say({"result": _obey(client, sessions[0], name, arguments)})
+        except Exception as error:  # noqa: BLE001 - a thread's outermost frame: the test must not wait for ever
+            _say({"error": repr(error)})
+
+
+def _obey(client: FolderClient, session: Session, name: str, arguments: list[str]) -> Any:
+    if name == "extra":
+        client.extra = [Entry(path, EntryKind.FILE, 0, 0, "v") for path in arguments]
+        return None
+    if name == "defect":
+        client.defects.update(arguments)
+        return None
+    if name != "counters":
+        return getattr(client, name)(*arguments)
+    return session.counters.snapshot() | {
+        "inodes": len(session.table),
+        "threads": session.channel.threads_started,
+        "pending": session.channel.pending_count,
+        "handles_open": client.handles_open,
+    }
+
+
+def _drop_sys_admin() -> None:
+    """Give up CAP_SYS_ADMIN, which registering a backing file needs, for good (capset(2), version 3)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("<Ii", 0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
+    for index in range(3):  # effective, permitted, inheritable of the first 32 capabilities
+        sets[index] &= ~(1 << 21)
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
 def main() -> int:
@@ -109,12 +126,15 @@ def main() -> int:
     client = FolderClient(folder, freshness_s=given.pop("freshness_s", 60.0))
     for path in given.pop("uncached", []):
         client.uncache(path)
+    drop_sys_admin = given.pop("drop_sys_admin", False)
     given["mode"] = Mode(given.get("mode", "auto"))
     sessions: list[Session] = []
 
     def on_session(session: Session) -> None:
+        if drop_sys_admin:
+            _drop_sys_admin()
         sessions.append(session)
-        threading.Thread(target=_obey, args=(client, sessions), daemon=True).start()
+        threading.Thread(target=_obey_all, args=(client, sessions), daemon=True).start()
 
     try:
         serve(client, target, MountOptions(**given), lambda: _say("ready"), on_session=on_session)

@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -124,7 +124,7 @@ def test_random_reads_at_odd_offsets(server: Server, folder: Path) -> None:
 def test_writing_of_any_kind_is_refused(server: Server) -> None:
     """EROFS, from the kernel, for whoever tries what."""
     at = server.target
-    attempts = {
+    attempts: dict[str, Callable[[], object]] = {
         "create": lambda: os.open(at / "new", os.O_CREAT | os.O_WRONLY),
         "append": lambda: os.open(at / "medium", os.O_APPEND | os.O_WRONLY),
         "truncate": lambda: os.truncate(at / "medium", 0),
@@ -175,6 +175,7 @@ def test_errors_are_those_of_a_local_folder(server: Server) -> None:
         (server.target / "class a").read_bytes()
 
 
+@pytest.mark.slow
 def test_20_000_names_list_completely_and_in_order(make: MakeServer, tmp_path: Path) -> None:
     """scandir sees each once with its kind; an offset taken in the middle goes on from there after other reads."""
     folder = tmp_path / "wide"
