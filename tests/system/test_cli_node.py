@@ -1,0 +1,152 @@
+"""The command line against a real daemon, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import orchestra
+from tests.support.folder_node import FolderNode, folder_node
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FolderNode]:
+    """A node with two files, one of them larger than a piece of `cat`."""
+    with folder_node(tmp_path_factory.mktemp("node")) as running:
+        (running.store / "dir").mkdir()
+        (running.store / "dir" / "a.txt").write_bytes(b"hello\n")
+        (running.store / "large.bin").write_bytes(os.urandom(9_000_001))
+        yield running
+
+
+def run(node: FolderNode, *arguments: str | bytes, status: int = 0) -> subprocess.CompletedProcess[bytes]:
+    """Run one command line and check its exit status."""
+    command: list[str | bytes] = [sys.executable, "-m", "orchestra", "--config", node.config, *arguments]
+    result = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    assert result.returncode == status, result.stderr
+    assert b"Traceback" not in result.stderr
+    return result
+
+
+def test_files_are_listed_and_read(node: FolderNode, tmp_path: Path) -> None:
+    """ls, cat and cp give what lies in the store, byte for byte."""
+    assert run(node, "ls", "/data").stdout == b"dir/\nlarge.bin\n"
+    large = (node.store / "large.bin").read_bytes()
+    assert run(node, "cat", "/data/large.bin", "/data/dir/a.txt").stdout == large + b"hello\n"
+    run(node, "cp", "-r", "/data", str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "large.bin").read_bytes() == large
+    assert (tmp_path / "copy" / "dir" / "a.txt").read_bytes() == b"hello\n"
+
+
+def test_stat_and_du_know_what_is_cached(node: FolderNode) -> None:
+    """After a file was read all of it is cached, on this node."""
+    (node.store / "fresh.bin").write_bytes(b"x" * 1000)
+    before = json.loads(run(node, "stat", "--json", "/data/fresh.bin").stdout)
+    assert (before["size_bytes"], before["cached_bytes"], before["where"]) == (1000, 0, [])
+    run(node, "cat", "/data/fresh.bin")
+    after = json.loads(run(node, "stat", "--json", "/data/fresh.bin").stdout)
+    assert (after["cached_bytes"], after["cached_percent"]) == (1000, 100)
+    assert len(after["where"]) == 1
+    rows = json.loads(run(node, "du", "--json", "/data/fresh.bin").stdout)
+    assert rows == [{"path": "/data/fresh.bin", "files": 1, "bytes": 1000, "cached_bytes": 1000}]
+
+
+def test_a_daemon_is_started_asked_and_stopped(tmp_path: Path) -> None:
+    """start is idempotent, status exact, stop final; without a daemon status is one line and exit status 1."""
+    with folder_node(tmp_path) as node:
+        result = run(node, "daemon", "status", status=1)
+        assert result.stderr.count(b"\n") == 1
+        assert run(node, "daemon", "start").stdout.startswith(b"started (pid ")
+        assert run(node, "daemon", "start").stdout.startswith(b"running already (pid ")
+        status = json.loads(run(node, "daemon", "status", "--json").stdout)
+        assert status["cache_dir"] == str(tmp_path / "cache")
+        assert status["capacity_bytes"] == 1 << 30
+        assert status["version"] == orchestra.__version__
+        assert {"socket", "used_bytes", "uptime_s"} <= status.keys()
+        os.kill(status["pid"], 0)
+        assert run(node, "daemon", "stop").stdout == b"stopped\n"
+        run(node, "daemon", "status", status=1)
+        assert run(node, "daemon", "stop").stdout == b"no daemon was running\n"
+
+
+def test_mounts_come_and_go(node: FolderNode, tmp_path: Path) -> None:
+    """A mount that is added shows its store at once, can be changed, and is gone when removed."""
+    (tmp_path / "b.txt").write_bytes(b"b")
+    run(node, "mount", "add", "/added", f"file://{tmp_path}", "--freshness", "immutable")
+    assert run(node, "cat", "/added/b.txt").stdout == b"b"
+    run(node, "mount", "update", "/added", "--freshness", "5m")
+    mounts = {mount["path"]: mount for mount in json.loads(run(node, "mount", "ls", "--json").stdout)}
+    assert (mounts["/added"]["freshness_s"], mounts["/added"]["source"]) == (300, "added")
+    assert mounts["/data"]["source"] == "config"
+    run(node, "mount", "rm", "/added/")
+    result = run(node, "ls", "/added", status=1)
+    assert result.stderr == b"orchestra: no mount covers /added (mounts: /data)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["mount", "add", "/data", "file:///tmp"], b"mounted there already"),
+        (["mount", "add", "relative", "file:///tmp"], b"relative"),
+        (["mount", "add", "/a/../b", "file:///tmp"], b"'..' is not allowed"),
+        (["mount", "add", "/a//b", "file:///tmp"], b"single slashes"),
+        (["mount", "add", "/x", "nosuch://bucket"], b"nosuch"),
+        (
+            ["mount", "add", "/x", "file:///tmp", "--option", "a=${ORCHESTRA_TEST_NOPE}"],
+            b"ORCHESTRA_TEST_NOPE is not set",
+        ),
+        (["mount", "rm", "/data"], b"change it there"),
+        (["cat", "/data/../etc/passwd"], b"'..' is not allowed"),
+        (["cat", "/data/nope"], b"/data/nope"),
+        (["cat", "/data/dir"], b"is a directory"),
+    ],
+)
+def test_bad_input_is_one_line(node: FolderNode, arguments: list[str], words: bytes) -> None:
+    """Rows 13, 21, 33 and 43 at the command line: status 1, nothing printed but one line that says why."""
+    result = run(node, *arguments, status=1)
+    assert result.stdout == b""
+    assert result.stderr.startswith(b"orchestra: ")
+    assert result.stderr.count(b"\n") == 1
+    assert words in result.stderr
+
+
+@pytest.fixture
+def coffee(node: FolderNode) -> Iterator[bytes]:
+    """A file whose name is not UTF-8; gives the name."""
+    name = b"caf\xe9.txt"
+    path = Path(os.fsdecode(os.fsencode(node.store) + b"/" + name))
+    path.write_bytes(b"coffee")
+    yield name
+    path.unlink()
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(node: FolderNode, coffee: bytes) -> None:
+    """Row 39: what is listed cannot harm a terminal, and --json has the name exactly."""
+    assert b"caf\\xe9.txt\n" in run(node, "ls", "/data").stdout
+    paths = [entry["path"] for entry in json.loads(run(node, "ls", "--json", "/data").stdout)]
+    assert os.fsdecode(b"/data/" + coffee) in paths
+
+
+def test_a_name_that_is_no_text_is_found(node: FolderNode, coffee: bytes) -> None:
+    """Row 31: bytes that are not UTF-8 go from the command line to the store."""
+    assert run(node, "cat", b"/data/" + coffee).stdout == b"coffee"
+
+
+def test_a_reader_that_leaves_ends_it_quietly(node: FolderNode) -> None:
+    """Row 32: `orchestra cat ... | head -c 10` says nothing on standard error."""
+    command = [sys.executable, "-m", "orchestra", "--config", node.config, "cat", "/data/large.bin"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
