@@ -18,9 +18,14 @@ class CacheFullError(Exception):
     """There is no room, not even after evicting what may leave. The engine then serves without caching."""
 
 
+# What a disk keeps for the cache's own records, presence maps and index, even where no share of it has to stay free.
+_RECORDS_BYTES_MAX = 1024 * 1024
+_RECORDS_RATIO_MAX = 0.05
+
+
 @dataclass(frozen=True, slots=True)
 class SpaceLimit:
-    """What bounds the cache: its own size, and the share of its disk that stays free for others."""
+    """What bounds the cache: its own size, the share of its disk that stays free for others, and the disk itself."""
 
     capacity_bytes: int
     free_space_ratio: float
@@ -28,12 +33,11 @@ class SpaceLimit:
 
     def room_bytes(self, used_bytes: int) -> int:
         """Bytes that may still be added; negative when something must leave."""
-        room = self.capacity_bytes - used_bytes
-        if self.free_space_ratio > 0:
-            disk = self.statvfs()
-            floor = int(disk.f_blocks * disk.f_frsize * self.free_space_ratio)
-            room = min(room, disk.f_bavail * disk.f_frsize - floor)
-        return room
+        disk = self.statvfs()
+        total_bytes = disk.f_blocks * disk.f_frsize
+        records_bytes = min(_RECORDS_BYTES_MAX, total_bytes * _RECORDS_RATIO_MAX)
+        floor = int(max(total_bytes * self.free_space_ratio, records_bytes))
+        return min(self.capacity_bytes - used_bytes, disk.f_bavail * disk.f_frsize - floor)
 
 
 class Accounts:
@@ -80,17 +84,25 @@ class Accounts:
         Raises CacheFullError if even that would not make room.
         """
         short = size_bytes + self._reserved_bytes - self._limit.room_bytes(self.used_bytes)
-        victims: list[str] = []
         if short <= 0:
-            return victims
+            return []
+        # All names are walked over only where that can help: on a disk that others have filled it never does.
+        victims = self.choose_oldest(short, busy) if short <= self.used_bytes else []
+        short -= sum(self._sizes[name] for name in victims)
+        if short > 0:
+            raise CacheFullError(f"no room for {size_bytes} bytes: {short} short even if all were evicted")
+        return victims
+
+    def choose_oldest(self, size_bytes: int, busy: Container[str]) -> list[str]:
+        """Return the first names in the policy's order that hold `size_bytes` together (or all); none of `busy`."""
+        victims: list[str] = []
         for name in self._policy.victims():
-            if name in busy:
-                continue
-            victims.append(name)
-            short -= self._sizes[name]
-            if short <= 0:
-                return victims
-        raise CacheFullError(f"no room for {size_bytes} bytes: {short} bytes short after evicting all that may leave")
+            if size_bytes <= 0:
+                break
+            if name not in busy:
+                victims.append(name)
+                size_bytes -= self._sizes[name]
+        return victims
 
     def reserve(self, size_bytes: int) -> None:
         """Count bytes that are about to be written."""
@@ -134,9 +146,17 @@ class Accounts:
         return rows, removed
 
     def write_changes(self, changes: tuple[list[IndexRow], list[str]]) -> None:
-        """Write what `take_changes` returned; may be called outside the lock, by one thread at a time."""
+        """Write what `take_changes` returned; may be called outside the lock, by one thread at a time.
+
+        Raises IndexUnavailableError; `put_back` then keeps the changes for the next try.
+        """
         if self._index is not None and any(changes):
             self._index.write(*changes)
+
+    def put_back(self, changes: tuple[list[IndexRow], list[str]]) -> None:
+        """Have the next `take_changes` return these again, as they are by then."""
+        for name in (*(row.name for row in changes[0]), *changes[1]):
+            (self._changed if name in self._sizes else self._removed).add(name)
 
     def _mark_used(self, name: str) -> None:
         self._use_counter += 1

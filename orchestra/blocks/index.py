@@ -2,6 +2,9 @@
 
 Covers: rows. Does not cover: truth. The files are the truth; losing this database costs a walk over the directory and
 the order of use, never a byte. Rows follow files: written after the file, deleted before it is missed.
+
+A database that cannot be used is replaced by an empty one, and one that cannot even be made by one in memory: then the
+next daemon counts the files again. A full disk must not keep the daemon from starting, it is the one who can make room.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from orchestra.blocks.layout import is_extent_name
 
 log = logging.getLogger(__name__)
 
@@ -27,68 +32,109 @@ class IndexRow:
     last_use: int
 
 
+class IndexUnavailableError(Exception):
+    """Rows could not be written (a full disk, a lock); they may be offered again. Never leaves the block store."""
+
+
 class BlockIndex:
     """The rows of one cache directory; used from one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._connection = _open(path)
+        self._connection, self._rows, self._is_clean = _open(path)
 
     def load(self) -> tuple[list[IndexRow], bool]:
-        """Return all rows, oldest use first, and whether the last daemon stopped cleanly (then they are exact)."""
-        rows = self._connection.execute("SELECT name, size_bytes, last_use FROM extents ORDER BY last_use").fetchall()
-        clean = self._connection.execute("SELECT value FROM state WHERE key = 'clean'").fetchone()
-        return [IndexRow(*row) for row in rows], bool(clean and clean[0] == 1)
+        """Return the rows as they were at the start, oldest use first, and whether the last daemon stopped cleanly
+        (then they are exact)."""
+        return self._rows, self._is_clean
 
     def write(self, changed: Iterable[IndexRow], removed: Iterable[str]) -> None:
-        """Store a batch in one transaction."""
-        with self._connection:
-            self._connection.executemany(
-                "INSERT INTO extents VALUES (?, ?, ?) "
-                "ON CONFLICT(name) DO UPDATE SET size_bytes = excluded.size_bytes, last_use = excluded.last_use",
-                ((row.name, row.size_bytes, row.last_use) for row in changed),
-            )
-            self._connection.executemany("DELETE FROM extents WHERE name = ?", ((name,) for name in removed))
+        """Store a batch in one transaction, whole or not at all. Raises IndexUnavailableError."""
+        try:
+            with self._connection:
+                self._connection.executemany(
+                    "INSERT INTO extents VALUES (?, ?, ?) "
+                    "ON CONFLICT(name) DO UPDATE SET size_bytes = excluded.size_bytes, last_use = excluded.last_use",
+                    ((row.name, row.size_bytes, row.last_use) for row in changed),
+                )
+                self._connection.executemany("DELETE FROM extents WHERE name = ?", ((name,) for name in removed))
+        except sqlite3.Error as error:
+            raise IndexUnavailableError(f"the index cannot be written: {error}") from error
 
     def mark_clean(self, clean: bool) -> None:
-        """Say that the rows are exact (at a clean stop), or that they may lag behind (from the start on)."""
-        with self._connection:
-            self._connection.execute("INSERT OR REPLACE INTO state VALUES ('clean', ?)", (int(clean),))
+        """Say that the rows are exact (at a clean stop), or that they may lag behind (from the start on).
+
+        Synced, unlike rows: a power loss must not bring back an older "clean". Raises IndexUnavailableError.
+        """
+        try:
+            self._connection.execute("PRAGMA synchronous=FULL")
+            with self._connection:
+                self._connection.execute("INSERT OR REPLACE INTO state VALUES ('clean', ?)", (int(clean),))
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+        except sqlite3.Error as error:
+            raise IndexUnavailableError(f"the index cannot be written: {error}") from error
 
     def close(self) -> None:
         """Close the database."""
-        self._connection.close()
+        with contextlib.suppress(sqlite3.Error):  # the last checkpoint may not fit on a full disk: the log keeps it
+            self._connection.close()
 
 
-def _open(path: Path) -> sqlite3.Connection:
+_Opened = tuple[sqlite3.Connection, list[IndexRow], bool]
+
+
+def _open(path: Path) -> _Opened:
+    """Open or make the database, read its rows and mark it as in use."""
     try:
-        return _connect(path)
-    except sqlite3.DatabaseError as error:
-        # Garbage, another schema, a torn file: set aside (for whoever wants to look) and counted anew from the files.
+        return _connect(str(path))
+    except sqlite3.Error as error:
+        # Garbage, another schema, a torn file: it is counted anew from the files.
         log.warning("index %s is unusable (%s); rebuilding it from the cached files", path, error)
+    try:
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 path.with_name(path.name + suffix).unlink()
-        return _connect(path)
+        return _connect(str(path))
+    except (sqlite3.Error, OSError) as error:
+        log.error("no index can be kept at %s (%s): the next start counts the cached files again", path, error)
+    return _connect(":memory:")
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: str) -> _Opened:
     connection = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(f"schema {found}, this orchestra reads {SCHEMA_VERSION}")
+        _prepare(connection)
+        rows, is_clean = _read(connection)
         with connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS extents"
-                "(name TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, last_use INTEGER NOT NULL) WITHOUT ROWID"
-            )
-            connection.execute("CREATE TABLE IF NOT EXISTS state(key TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("SELECT name, size_bytes, last_use FROM extents LIMIT 1").fetchone()
-    except sqlite3.DatabaseError:
+            connection.execute("INSERT OR REPLACE INTO state VALUES ('clean', 0)")
+        connection.execute("PRAGMA synchronous=NORMAL")
+    except sqlite3.Error:
         connection.close()
         raise
-    return connection
+    return connection, rows, is_clean
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")  # until the mark is on disk
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found == SCHEMA_VERSION:
+        return
+    if found:
+        raise sqlite3.DatabaseError(f"schema {found}, this orchestra reads {SCHEMA_VERSION}")
+    with connection:
+        connection.execute("BEGIN")
+        connection.execute(
+            "CREATE TABLE extents"
+            "(name TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, last_use INTEGER NOT NULL) STRICT, WITHOUT ROWID"
+        )
+        connection.execute("CREATE TABLE state(key TEXT PRIMARY KEY, value INTEGER) STRICT, WITHOUT ROWID")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _read(connection: sqlite3.Connection) -> tuple[list[IndexRow], bool]:
+    rows = connection.execute("SELECT name, size_bytes, last_use FROM extents ORDER BY last_use").fetchall()
+    for name, size_bytes, _ in rows:
+        if not is_extent_name(name) or size_bytes < 0:
+            raise sqlite3.DatabaseError(f"a row that was never written: {name!r}")
+    clean = connection.execute("SELECT value FROM state WHERE key = 'clean'").fetchone()
+    return [IndexRow(*row) for row in rows], clean == (1,)

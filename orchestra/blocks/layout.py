@@ -15,9 +15,10 @@ Names are hashes: nothing that a store calls a key ever becomes a path here.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -28,11 +29,20 @@ import xxhash
 from orchestra.blocks.geometry import Geometry
 from orchestra.errors import CacheDirectoryError
 
+log = logging.getLogger(__name__)
+
 MARKER = "orchestra-cache.json"
 CACHE_FORMAT = 1
 _FOLDERS = ("extents", "listings", "attrs", "accesses", "tmp")
 # sockaddr_un.sun_path is 108 bytes with its NUL.
 SOCKET_PATH_LIMIT_BYTES = 107
+# What the accounts count by: the digest of a small object, or digest and number of an extent.
+_EXTENT_NAME = re.compile(r"[0-9a-f]{32}(\.(0|[1-9][0-9]{0,8}))?", re.ASCII)
+
+
+def is_extent_name(name: str) -> bool:
+    """Whether `name` can be that of a small object or an extent; anything else in extents/ is not ours."""
+    return _EXTENT_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,27 +154,31 @@ def check_owner(root: Path) -> None:
 
 
 def read_geometry(root: Path) -> Geometry | None:
-    """Return the geometry of an existing cache directory, None if there is none yet."""
+    """Return the geometry of an existing cache directory, None if there is none yet.
+
+    Raises CacheDirectoryError if the marker is damaged or of another format.
+    """
     try:
         raw = json.loads((root / MARKER).read_bytes())
-        return Geometry(int(raw["block_size_bytes"]), int(raw["extent_size_bytes"]))
+        made_by = raw["format"]
+        if made_by == CACHE_FORMAT:
+            return Geometry(int(raw["block_size_bytes"]), int(raw["extent_size_bytes"]))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheDirectoryError(f"{root / MARKER} is damaged; empty the directory {root} to start afresh") from error
+    raise CacheDirectoryError(
+        f"cache {root} has format {made_by}, this orchestra reads {CACHE_FORMAT}: use another cache.dir"
+    )
 
 
 def _read_or_write_marker(root: Path, geometry: Geometry) -> Geometry:
     marker = root / MARKER
     existing = read_geometry(root)
     if existing is not None:
-        made_by = json.loads(marker.read_bytes()).get("format")
-        if made_by != CACHE_FORMAT:
-            raise CacheDirectoryError(
-                f"cache {root} has format {made_by}, this orchestra reads {CACHE_FORMAT}: use another cache.dir"
-            )
         return existing
-    if any(root.iterdir()):
+    temporary = marker.with_suffix(".tmp")  # may be left by a crash between the next two steps
+    if any(path != temporary for path in root.iterdir()):
         raise CacheDirectoryError(
             f"{root} is not empty and holds no {MARKER}: not an orchestra cache; use another cache.dir"
         )
@@ -174,7 +188,6 @@ def _read_or_write_marker(root: Path, geometry: Geometry) -> Geometry:
         "extent_size_bytes": geometry.extent_size_bytes,
     }
     try:
-        temporary = marker.with_suffix(".tmp")
         temporary.write_text(json.dumps(text))
         temporary.rename(marker)
     except OSError as error:
@@ -183,10 +196,17 @@ def _read_or_write_marker(root: Path, geometry: Geometry) -> Geometry:
 
 
 def empty_tmp(layout: CacheLayout) -> int:
-    """Remove what an earlier daemon left unfinished; return how many files."""
+    """Remove what an earlier daemon left unfinished; return how many files.
+
+    A folder stays: the cache makes none there, so it was put where a file of ours should be, and moved out of the way.
+    """
     count = 0
     for entry in os.scandir(layout.tmp):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(entry.path)
             count += 1
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning("%s is not ours and stays: %s", entry.path, error.strerror)
     return count

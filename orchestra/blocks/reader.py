@@ -6,6 +6,7 @@ A hit is right because
 - a file's name is the digest of store, key and version, and its seal or map repeats that digest;
 - seal and map name the boot that vouches for the bytes; another boot's are a miss, and the daemon verifies them;
 - a map names the inode of its extent, and the extent is opened first: bytes and marks belong to one incarnation;
+- a map names its blocks: the files of one extent under the name of another do not match;
 - files are only ever unlinked, never cut or overwritten, so what is open stays valid.
 """
 
@@ -16,7 +17,7 @@ import os
 
 import crc32c
 
-from orchestra.blocks.formats import SEAL_ATTRIBUTE, SEAL_SIZE_BYTES, PresenceMap, Seal, unpack_seal
+from orchestra.blocks.formats import SEAL_ATTRIBUTE, SEAL_SIZE_BYTES, MapHeader, PresenceMap, Seal, unpack_seal
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.values import ByteRange
@@ -71,6 +72,19 @@ def open_map(path: str, *, writable: bool = False) -> PresenceMap | None:
     return marks
 
 
+def map_header(geometry: Geometry, digest: str, size_bytes: int, extent_index: int, extent_inode: int) -> MapHeader:
+    """Return the one header that the map of that extent may have."""
+    length = geometry.extent_length(size_bytes, extent_index)
+    return MapHeader(
+        block_size_bytes=geometry.block_size_bytes,
+        first_block=extent_index * geometry.blocks_per_extent,
+        block_count=geometry.block_count(length),
+        extent_bytes=length,
+        extent_inode=extent_inode,
+        digest=bytes.fromhex(digest),
+    )
+
+
 class _OpenFile:
     """An open extent with its marks, or an open small object with its seal. Closed by its owner."""
 
@@ -122,7 +136,7 @@ class LocalObject:
     def readinto(self, offset: int, buffer: memoryview) -> int | None:
         """Fill `buffer` from `offset` if every byte is here, else return None. Short only at the object's end.
 
-        Raises CorruptBlockError when bytes that were checked do not match; OSError from the disk is a miss (None).
+        Raises CorruptBlockError when bytes that were checked do not match, or when the disk cannot read them.
         """
         wanted = min(len(buffer), self._size - offset)
         if wanted <= 0:
@@ -140,8 +154,8 @@ class LocalObject:
             return None
         try:
             data = os.pread(small.fd, self._size, 0)
-        except OSError:
-            return None
+        except OSError as error:
+            raise CorruptBlockError(0) from error
         if len(data) != self._size or crc32c.crc32c(data) != small.seal.crc:
             raise CorruptBlockError(0)
         return data
@@ -231,14 +245,13 @@ class LocalObject:
                 os.close(fd)
                 return None
             opened = _OpenFile(fd, marks, None)
-            header = marks.header
-            if not (marks.is_trusted(self._boot_id) and header.digest.hex() == self._digest):
+            info = os.fstat(fd)
+            expected = map_header(self._geometry, self._digest, self._size, extent_index, info.st_ino)
+            if marks.header == expected and info.st_size == expected.extent_bytes:
+                if marks.is_trusted(self._boot_id):
+                    return opened
                 opened.close()
                 return None
-            info = os.fstat(fd)
-            expected = self._geometry.extent_length(self._size, extent_index)
-            if header.extent_inode == info.st_ino and info.st_size == expected == header.extent_bytes:
-                return opened
             opened.close()
         return None
 
@@ -248,8 +261,8 @@ class LocalObject:
             return None
         try:
             count = os.preadv(small.fd, [buffer], offset)
-        except OSError:
-            return None
+        except OSError as error:
+            raise CorruptBlockError(0) from error
         if count != len(buffer):
             raise CorruptBlockError(0)
         if count == self._size:  # the whole object: its checksum costs 5 us for 110 kB
@@ -276,8 +289,8 @@ class LocalObject:
             view = buffer[position - offset : piece_stop - offset]
             try:
                 count = os.preadv(extent.fd, [view], position - index * extent_size)
-            except OSError:
-                return None
+            except OSError as error:
+                raise CorruptBlockError(blocks.start) from error
             if count != len(view):
                 raise CorruptBlockError(blocks.start)
             if self._verify_always:
@@ -290,5 +303,9 @@ class LocalObject:
 
 
 def _verify(fd: int, block: int, file_range: ByteRange, crc: int) -> None:
-    if crc32c.crc32c(os.pread(fd, file_range.length, file_range.start)) != crc:
+    try:
+        data = os.pread(fd, file_range.length, file_range.start)
+    except OSError as error:
+        raise CorruptBlockError(block) from error
+    if crc32c.crc32c(data) != crc:
         raise CorruptBlockError(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from orchestra.blocks.accounts import Accounts, SpaceLimit
 from orchestra.blocks.eviction import make_policy
 from orchestra.blocks.geometry import Geometry
-from orchestra.blocks.index import BlockIndex
+from orchestra.blocks.index import BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
@@ -32,6 +33,8 @@ from orchestra.stores.failover import FailoverStore
 
 # Threads that write blocks and verify them: the disk is one, and two more hide its waits.
 _WRITERS = 3
+# Free space without which the daemon cannot even publish its mounts. A full disk is often full of our own blocks.
+_FREE_AT_START_MIN_BYTES = 256 * 1024
 
 
 @dataclass(slots=True)
@@ -116,8 +119,9 @@ async def disassemble(node: Node) -> None:
     await node.engine.close()
     await node.mounts.close()
     node.writers.shutdown(wait=True)
-    node.blocks.close()
-    node.index.mark_clean(True)
+    if node.blocks.close():
+        with contextlib.suppress(IndexUnavailableError):  # the next daemon counts the files
+            node.index.mark_clean(True)
     node.index.close()
     node.accesses.close()
     node.lock.release()
@@ -132,7 +136,9 @@ def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tup
     blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
     if not clean:
         blocks.recount()
-    index.mark_clean(False)
+    disk = os.statvfs(layout.root)
+    if disk.f_bavail * disk.f_frsize < _FREE_AT_START_MIN_BYTES:
+        blocks.evict(_FREE_AT_START_MIN_BYTES)
     blocks.flush()
     return blocks, index
 

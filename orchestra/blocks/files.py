@@ -1,0 +1,230 @@
+"""The files of the cache directory, made and removed in steps that a crash may come between.
+
+Owns: the order of the system calls, so that after any of them there are the right bytes or none. Leaves to others: how
+much there may be and what leaves (accounts), threads and extents under way (store), reading (reader).
+
+A small object:  create tmp, write, seal, rename.             A name in extents/ is a whole object or does not exist.
+An extent:       create tmp, set length, rename to .ext; create map tmp, write, rename to .map; then for every block
+                 write the bytes, then mark. A mark in the map vouches for bytes written before it.
+Removal:         rename the map away, rename the extent away, unlink both. After the first step it is invisible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import crc32c
+
+from orchestra.blocks.disk import Buffer, Disk
+from orchestra.blocks.formats import SEAL_ATTRIBUTE, PresenceMap, Seal
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.layout import CacheLayout
+from orchestra.blocks.reader import map_header, open_map, read_seal
+
+log = logging.getLogger(__name__)
+
+_NO_ATTRIBUTES_ERRNOS = (errno.ENOTSUP, errno.ENOSPC, errno.E2BIG)  # ext4 says ENOSPC when the inode has no room
+
+
+class BlockFiles:
+    """The daemon's hands on one cache directory. Thread-safe as long as no two calls are about one name."""
+
+    def __init__(self, layout: CacheLayout, geometry: Geometry, *, boot_id: bytes, disk: Disk) -> None:
+        self._layout = layout
+        self._geometry = geometry
+        self._boot_id = boot_id
+        self._disk = disk
+        self._serial = itertools.count()
+        self._attributes_work = True
+
+    # -- small objects ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def small_ready(self, digest: str, data: Buffer) -> Iterator[Callable[[], None]]:
+        """Write a whole small object, and give the function that puts it in place. Raises OSError, as that does."""
+        target = self._layout.small_file(digest)
+        seal = Seal(self._boot_id, bytes.fromhex(digest), len(data), crc32c.crc32c(data))
+        with self._temporary() as (temporary, fd):
+            self._disk.write_at(fd, data, 0)
+            self._seal(target, fd, seal)
+
+            def publish() -> None:
+                try:
+                    self._disk.rename(temporary, target)
+                except IsADirectoryError:  # somebody's folder in the place of our file
+                    self.unlink(self.set_aside(digest))
+                    self._disk.rename(temporary, target)
+
+            yield publish
+
+    def verify_small(self, digest: str, size_bytes: int) -> bool | None:
+        """Check the bytes against the seal, and seal them for this boot; None if there is no such file."""
+        path = self._layout.small_file(digest)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return False
+        try:
+            seal = read_seal(path, fd)
+            if seal is None or seal.size_bytes != size_bytes or seal.digest.hex() != digest:
+                return False
+            data = os.pread(fd, size_bytes + 1, 0)
+            if len(data) != size_bytes or crc32c.crc32c(data) != seal.crc:
+                return False
+            if seal.boot_id != self._boot_id:
+                self._seal(path, fd, Seal(self._boot_id, seal.digest, seal.size_bytes, seal.crc))
+            return True
+        except OSError as error:
+            log.warning("cannot read cached object %s: %s", digest, error)
+            return False
+        finally:
+            os.close(fd)
+
+    def _seal(self, target: str, fd: int, seal: Seal) -> None:
+        """Attach the seal to the open file, or put it beside `target` where there are no extended attributes."""
+        if self._attributes_work:
+            try:
+                self._disk.set_attribute(fd, SEAL_ATTRIBUTE, seal.pack())
+                return
+            except OSError as error:
+                if error.errno not in _NO_ATTRIBUTES_ERRNOS:
+                    raise
+                self._attributes_work = False
+                log.warning("the cache's file system has no extended attributes; seals go into files of their own")
+        with self._temporary() as (temporary, side):
+            self._disk.write_at(side, seal.pack(), 0)
+            self._disk.rename(temporary, target + ".seal")
+
+    # -- extents ---------------------------------------------------------------------------------------------------
+
+    def open_extent(
+        self, digest: str, size_bytes: int, extent_index: int, access: int
+    ) -> tuple[int, PresenceMap] | None:
+        """Open the two files of an extent; None unless both are there and belong together."""
+        try:
+            # O_NONBLOCK: a FIFO in the file's place must not hold us up.
+            flags = access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open(self._layout.extent_file(digest, extent_index), flags)
+        except OSError:
+            return None
+        marks = open_map(self._layout.map_file(digest, extent_index), writable=True)
+        if marks is not None:
+            info = os.fstat(fd)
+            expected = map_header(self._geometry, digest, size_bytes, extent_index, info.st_ino)
+            if marks.header == expected and info.st_size == expected.extent_bytes:
+                return fd, marks
+            marks.detach()
+        os.close(fd)
+        return None
+
+    def new_extent(self, digest: str, size_bytes: int, extent_index: int) -> tuple[int, PresenceMap]:
+        """Make the two files of an extent with no block present, where there are none. Raises OSError."""
+        with self._temporary() as (temporary, fd):
+            header = map_header(self._geometry, digest, size_bytes, extent_index, os.fstat(fd).st_ino)
+            self._disk.set_length(fd, header.extent_bytes)
+            self._disk.rename(temporary, self._layout.extent_file(digest, extent_index))
+        with self._temporary() as (temporary, fd):
+            self._disk.write_at(fd, header.pack(), 0)
+            self._disk.rename(temporary, self._layout.map_file(digest, extent_index))
+        opened = self.open_extent(digest, size_bytes, extent_index, os.O_RDWR)
+        if opened is None:
+            raise OSError(errno.EIO, f"extent {digest}.{extent_index} vanished while it was made")
+        opened[1].set_trusted(self._boot_id)
+        return opened
+
+    def write_at(self, fd: int, data: Buffer, offset: int) -> None:
+        """Write into an open extent. Raises OSError."""
+        self._disk.write_at(fd, data, offset)
+
+    def count_bad_blocks(self, digest: str, size_bytes: int, extent_index: int) -> int:
+        """Check all present blocks of an extent against their checksums, and vouch for them in this boot if all match;
+        return how many do not (1 for files that do not belong together)."""
+        opened = self.open_extent(digest, size_bytes, extent_index, os.O_RDONLY)
+        if opened is None:
+            return 1
+        fd, marks = opened
+        try:
+            bad = sum(not _is_block_good(fd, marks, block) for block in marks.present_blocks())
+            if not bad:
+                marks.set_trusted(self._boot_id)
+            return bad
+        finally:
+            os.close(fd)
+            marks.detach()
+
+    # -- removal ---------------------------------------------------------------------------------------------------
+
+    def set_aside(self, name: str) -> list[str]:
+        """Make a small object or extent invisible; return the paths that `unlink` is to get.
+
+        Renaming is quick and unlinking 256 MiB is not; and a file that is renamed first cannot be confused with its
+        successor, which may be created before the unlink is done.
+        """
+        digest, _, extent_index = name.partition(".")
+        if extent_index:
+            paths = [
+                self._layout.map_file(digest, int(extent_index)),
+                self._layout.extent_file(digest, int(extent_index)),
+            ]
+        else:
+            path = self._layout.small_file(digest)
+            paths = [path, path + ".seal"]
+        return [target for path in paths if (target := self._move_to_tmp(path)) is not None]
+
+    def unlink(self, paths: Iterable[str]) -> None:
+        """Remove files; what cannot be removed is said in the log."""
+        for path in paths:
+            try:
+                self._disk.unlink(path)
+            except OSError as error:
+                log.warning("could not remove %s: %s", path, error)
+
+    def _move_to_tmp(self, path: str) -> str | None:
+        target = self._temporary_path()
+        try:
+            self._disk.rename(path, target)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # On a full disk tmp/ may have no room for another name.
+            log.warning("could not move %s to tmp (%s); removing it at once", path, error)
+            self.unlink([path])
+            return None
+        return target
+
+    # -- temporary files -------------------------------------------------------------------------------------------
+
+    def _temporary_path(self) -> str:
+        return f"{self._layout.tmp}/{os.getpid()}-{next(self._serial)}"
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[tuple[str, int]]:
+        """A new file in tmp/, closed at the end, and removed if it was not renamed."""
+        path = self._temporary_path()
+        fd = self._disk.create(path)
+        try:
+            yield path, fd
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        finally:
+            self._disk.close(fd)
+
+
+def _is_block_good(fd: int, marks: PresenceMap, block: int) -> bool:
+    header = marks.header
+    offset = (block - header.first_block) * header.block_size_bytes
+    try:
+        data = os.pread(fd, min(header.block_size_bytes, header.extent_bytes - offset), offset)
+    except OSError as error:
+        log.warning("cannot read a cached extent: %s", error)
+        return False
+    return crc32c.crc32c(data) == marks.crc_of(block)
