@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from types import MappingProxyType
 
@@ -86,6 +84,8 @@ def cli(ctx: click.Context, config_path: str | None, debug: bool) -> None:
     session.config_path = config_path
     session.debug = debug
     if debug:
+        import logging
+
         logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 
 
@@ -132,6 +132,8 @@ def _run(arguments: list[str], session: Session) -> int:
 
 def _fail(message: str, session: Session) -> int:
     if session.debug:
+        import traceback
+
         traceback.print_exc()
     try:
         print(f"orchestra: {printable(message)}", file=sys.stderr)

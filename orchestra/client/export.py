@@ -6,7 +6,6 @@ Owns: the temporary name, the rename, the check of the length. Leaves to others:
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,7 +50,7 @@ def export_file(
         if final.exists() and not stat.S_ISREG(final.stat().st_mode):
             _write(handle, final, progress)
             return
-        temporary = final.with_name(f".orchestra-{secrets.token_hex(8)}.part")
+        temporary = final.with_name(f".orchestra-{os.urandom(8).hex()}.part")
         try:
             _write(handle, temporary, progress, create=True)
             temporary.replace(final)

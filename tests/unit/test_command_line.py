@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -176,3 +177,22 @@ def test_names_cannot_harm_a_terminal(text: str, shown: str) -> None:
 def test_a_percentage_is_never_rounded_to_all_or_nothing(part: int, whole: int, text: str) -> None:
     """Only everything is 100 %, and only nothing is 0 %."""
     assert format_percent(part, whole) == text
+
+
+def test_every_command_is_documented() -> None:
+    """docs/cli.md names each command and each command of a group."""
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    context = click.Context(cli, info_name="orchestra")
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        below = sorted(command.commands) if isinstance(command, click.Group) else [""]
+        for one in below:
+            assert f"orchestra {name} {one}".strip() in text
+
+
+def test_completion_prints_a_script() -> None:
+    """The script for bash goes to standard output."""
+    command = [sys.executable, "-m", "orchestra"]
+    environ = os.environ | {"_ORCHESTRA_COMPLETE": "zsh_source"}
+    result = subprocess.run(command, env=environ, capture_output=True, check=True)
+    assert b"_ORCHESTRA_COMPLETE=zsh_complete" in result.stdout
