@@ -362,6 +362,7 @@ class NodeClient:
         """Leave everything to the parent and begin anew. Its ring is let go of so that its lock is not held by us."""
         if self._ring is not None:
             self._ring.abandon()
+        self._connection.close()
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:

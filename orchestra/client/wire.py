@@ -1,15 +1,17 @@
-"""Talking to the node daemon: HTTP/1.1 over its unix socket, by a plain blocking socket.
+"""Talking to the node daemon: HTTP/1.1 over its unix socket, by plain blocking sockets.
 
-A socket of its own for every thread and every process: nothing is shared, so nothing needs a lock that a fork could
-break. A request that got no answer because the daemon died is sent again to its successor: all requests may be repeated.
+A socket serves one request at a time and is then kept for the next, of whatever thread. Nothing needs a lock that a
+fork could break: taking from a list and adding to it are single steps. A request that got no answer because the daemon
+died is sent again to its successor: all requests may be repeated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
-import threading
+from collections.abc import Iterator
 from typing import Any
 
 from orchestra.errors import DaemonUnavailableError, OrchestraError, from_wire
@@ -18,6 +20,8 @@ _RECEIVE_BYTES = 64 * 1024
 # An answer is a few hundred bytes; a listing of mounts or jobs some kilobytes. Data has a route of its own.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
 _HEADER_LIMIT_BYTES = 16 * 1024
+# Sockets kept between requests; more threads than this at one moment connect anew, which costs 30 us.
+_IDLE_SOCKETS_MAX = 64
 
 
 class ConnectionLostError(Exception):
@@ -30,133 +34,146 @@ class DaemonConnection:
     def __init__(self, socket_path: str, *, timeout_s: float) -> None:
         self._socket_path = socket_path
         self._timeout_s = timeout_s
-        self._local = threading.local()
+        self._pid = os.getpid()
+        self._idle: list[socket.socket] = []
         self.messages_sent = 0
 
     def request(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send one request; return the JSON object of the answer.
 
-        Raises the OrchestraError that the daemon answered with, ConnectionLostError if there was no answer.
+        Raises the OrchestraError that the daemon answered with, ConnectionLostError if there was no answer,
+        DaemonUnavailableError if it did not come in time.
         """
-        status, payload = self._exchange(method, route, body)
+        with self._exchange(method, route, body) as answer:
+            payload = answer.read_all()
         try:
-            answer = json.loads(payload) if payload else {}
+            document = json.loads(payload) if payload else {}
         except ValueError as error:
             raise DaemonUnavailableError(f"{self._socket_path} does not speak orchestra's protocol") from error
-        if status != 200:
-            raise from_wire(answer)
-        return dict(answer)
+        if answer.status != 200:
+            raise from_wire(document)
+        return dict(document)
 
     def read_into(self, route: str, body: dict[str, Any], buffer: memoryview) -> int:
         """Send a request whose answer is bytes; put them into `buffer` and return how many came."""
-        connection = self._send("POST", route, body)
-        status, received, length = self._receive_head(connection)
-        if status != 200:
-            payload = self._receive_body(connection, received, length)
-            raise from_wire(json.loads(payload))
-        if length > len(buffer):
-            self.close()
-            raise OrchestraError("the daemon sent more bytes than were asked for")
-        buffer[: len(received)] = received
-        at = len(received)
-        while at < length:
-            count = self._guard(connection.recv_into, buffer[at:length])
-            if not count:
-                self.close()
-                raise ConnectionLostError("the daemon cut the answer short")
-            at += count
-        return length
+        with self._exchange("POST", route, body) as answer:
+            if answer.status != 200:
+                payload = answer.read_all()
+            elif answer.length > len(buffer):
+                raise OrchestraError("the daemon sent more bytes than were asked for")
+            else:
+                return answer.read_into(buffer)
+        raise from_wire(json.loads(payload))
 
     def close(self) -> None:
-        """Close this thread's socket."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
+        """Close the sockets that no request uses."""
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                self._idle.pop().close()
 
-    def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
-        connection = self._send(method, route, body)
-        status, received, length = self._receive_head(connection)
-        return status, self._receive_body(connection, received, length)
-
-    def _send(self, method: str, route: str, body: dict[str, Any] | None) -> socket.socket:
-        payload = json.dumps(body).encode() if body is not None else b""
-        head = f"{method} {route} HTTP/1.1\r\nHost: orchestra\r\n"
-        if payload:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-        connection = self._connection()
+    @contextlib.contextmanager
+    def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Iterator[_Answer]:
+        """Send a request and give its answer, whose body is to be read inside. The socket is kept if all went well."""
+        message = _message(method, route, body)
         self.messages_sent += 1
+        connection = self._take_idle()
         try:
-            connection.sendall(head.encode("latin-1") + b"\r\n" + payload)
-        except OSError:
-            # The daemon may have closed an idle connection just now; a new one tells.
-            self.close()
-            connection = self._connection()
-            self._guard(connection.sendall, head.encode("latin-1") + b"\r\n" + payload)
-        return connection
+            if connection is not None:
+                try:
+                    answer = _Answer(connection, message)
+                except ConnectionLostError:
+                    # The daemon closed it while it was idle, or is another one now: a new connection tells.
+                    connection.close()
+                    self.close()
+                    connection = None
+            if connection is None:
+                connection = self._connect()
+                answer = _Answer(connection, message)
+            yield answer
+        except BaseException as error:
+            # Also Ctrl-C in the middle of an answer: the rest of it must not be taken for the next one.
+            if connection is not None:
+                connection.close()
+            if isinstance(error, TimeoutError):
+                text = f"the daemon at {self._socket_path} did not answer within {self._timeout_s:.0f} s"
+                raise DaemonUnavailableError(text) from error
+            raise
+        if answer.is_last or len(self._idle) >= _IDLE_SOCKETS_MAX:
+            connection.close()
+        else:
+            self._idle.append(connection)
 
-    def _connection(self) -> socket.socket:
-        local = self._local
-        connection: socket.socket | None = getattr(local, "connection", None)
-        if connection is not None and local.pid == os.getpid():
-            return connection
-        if connection is not None:
-            connection.close()  # the parent's: closing our copy leaves the parent's open
+    def _take_idle(self) -> socket.socket | None:
+        if self._pid != os.getpid():  # the parent's: closing our copies leaves the parent's open
+            self.close()
+            self._pid = os.getpid()
+        with contextlib.suppress(IndexError):
+            return self._idle.pop()
+        return None
+
+    def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(self._timeout_s)
         try:
             connection.connect(self._socket_path)
         except OSError as error:
             connection.close()
-            local.connection = None
-            raise ConnectionLostError(f"no daemon answers at {self._socket_path}: {error.strerror}") from error
-        local.connection, local.pid = connection, os.getpid()
+            raise ConnectionLostError(f"no daemon answers at {self._socket_path}: {error.strerror or error}") from error
         return connection
 
-    def _receive_head(self, connection: socket.socket) -> tuple[int, bytes, int]:
-        """Return (status, what came after the head, content length)."""
+
+class _Answer:
+    """The answer to one request on one socket. Raises TimeoutError, and ConnectionLostError if it does not come."""
+
+    def __init__(self, connection: socket.socket, message: bytes) -> None:
+        """Send `message` and read the head of the answer."""
+        self._connection = connection
+        self._guard(connection.sendall, message)
         received = b""
         while (end := received.find(b"\r\n\r\n")) < 0:
             piece = self._guard(connection.recv, _RECEIVE_BYTES)
             if not piece or len(received) > _HEADER_LIMIT_BYTES + _RECEIVE_BYTES:
-                self.close()
                 raise ConnectionLostError("the daemon closed the connection before it answered")
             received += piece
-        lines = received[:end].decode("latin-1").split("\r\n")
-        length = 0
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            if name.lower() == "content-length":
-                length = int(value)
-        return int(lines[0].split(" ", 2)[1]), received[end + 4 :], length
+        status_line, *lines = received[:end].decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        self.status = int(status_line.split(" ", 2)[1])
+        self.length = int(headers.get("content-length", 0))
+        self.is_last = headers.get("connection", "").lower() == "close"
+        self._begun = received[end + 4 : end + 4 + self.length]
 
-    def _receive_body(self, connection: socket.socket, received: bytes, length: int) -> bytes:
-        if length > _ANSWER_LIMIT_BYTES:
-            self.close()
-            raise DaemonUnavailableError(f"the daemon's answer of {length} bytes is over the limit")
-        pieces = [received]
-        at = len(received)
-        while at < length:
-            piece = self._guard(connection.recv, min(length - at, 1 << 20))
-            if not piece:
-                self.close()
+    def read_all(self) -> bytes:
+        """Return the whole body."""
+        if self.length > _ANSWER_LIMIT_BYTES:
+            raise DaemonUnavailableError(f"the daemon's answer of {self.length} bytes is over the limit")
+        body = bytearray(self.length)
+        self.read_into(memoryview(body))
+        return bytes(body)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Put the whole body into `buffer`; return its length."""
+        at = len(self._begun)
+        buffer[:at] = self._begun
+        while at < self.length:
+            count = self._guard(self._connection.recv_into, buffer[at : self.length])
+            if not count:
                 raise ConnectionLostError("the daemon closed the connection in the middle of its answer")
-            pieces.append(piece)
-            at += len(piece)
-        return b"".join(pieces)
+            at += count
+        return self.length
 
-    def _guard(self, call: Any, *arguments: Any) -> Any:
-        """Run a socket call; after a failure the connection is of no more use."""
+    @staticmethod
+    def _guard(call: Any, *arguments: Any) -> Any:
         try:
             return call(*arguments)
-        except TimeoutError as error:
-            self.close()
-            raise DaemonUnavailableError(
-                f"the daemon at {self._socket_path} did not answer within {self._timeout_s:.0f} s"
-            ) from error
-        except OSError as error:
-            self.close()
-            raise ConnectionLostError(f"the connection to the daemon broke: {error.strerror}") from error
-        except BaseException:
-            self.close()  # Ctrl-C in the middle of an answer: the rest of it must not be taken for the next one
+        except TimeoutError:
             raise
+        except OSError as error:
+            raise ConnectionLostError(f"the connection to the daemon broke: {error.strerror or error}") from error
+
+
+def _message(method: str, route: str, body: dict[str, Any] | None) -> bytes:
+    payload = json.dumps(body).encode() if body is not None else b""
+    head = f"{method} {route} HTTP/1.1\r\nHost: orchestra\r\n"
+    if payload:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+    return head.encode("latin-1") + b"\r\n" + payload
