@@ -20,8 +20,9 @@ from aiohttp import web
 
 import orchestra
 from orchestra.config import Config
-from orchestra.daemon.api.app import make_app
+from orchestra.daemon.api.app import make_app, make_hot_handler
 from orchestra.daemon.api.context import Activity
+from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.logs import log_to_file, log_to_stderr
@@ -33,6 +34,10 @@ _NOTES_INTERVAL_FAST_S = 0.02
 _NOTES_INTERVAL_S = 0.5
 # How often the index is written: what a crash loses is the order of use of that long, and a recount at the start.
 _FLUSH_INTERVAL_S = 2.0
+# Connections that wait to be accepted: every thread of every reader of the node may come at one moment.
+_BACKLOG = 1024
+# aiohttp counts this from the last request that it saw itself, so it must not be short; readers close when they end.
+_KEEPALIVE_S = 86400.0
 # How long requests under way may go on after the daemon was told to stop.
 _DRAIN_TIMEOUT_S = 5.0
 
@@ -80,11 +85,17 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
-    runner = web.AppRunner(make_app(node, stop, activity), access_log=None, shutdown_timeout=_DRAIN_TIMEOUT_S)
+    runner = web.AppRunner(
+        make_app(node, stop, activity),
+        access_log=None,
+        shutdown_timeout=_DRAIN_TIMEOUT_S,
+        keepalive_timeout=_KEEPALIVE_S,
+    )
     await runner.setup()
     socket_path = _free_socket(node.layout.socket)
-    site = web.UnixSite(runner, str(socket_path), backlog=1024)
-    await site.start()
+    web_server, hot = runner.server, make_hot_handler(node, activity)
+    assert web_server is not None, "the runner was set up"
+    server = await loop.create_unix_server(lambda: HotConnection(web_server(), hot), str(socket_path), backlog=_BACKLOG)
     socket_path.chmod(0o600)
     log.info("orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table))
     notify("{}")
@@ -101,6 +112,8 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     finally:
         log.info("stopping")
         socket_path.unlink(missing_ok=True)  # first: whoever comes now starts a successor, and waits for our lock
+        server.close()
+        await activity.wait_drained(_DRAIN_TIMEOUT_S)
         await runner.cleanup()
         await disassemble(node)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
 from orchestra.daemon.api import control, data
-from orchestra.daemon.api.context import NODE, Activity, answer
+from orchestra.daemon.api.context import NODE, Activity, answer, decoded
+from orchestra.daemon.api.hot import HotHandler
 from orchestra.daemon.assembly import Node
 from orchestra.errors import OrchestraError, UsageError, http_status_of, to_wire
 
@@ -19,6 +21,28 @@ log = logging.getLogger(__name__)
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_hot_handler(node: Node, activity: Activity) -> HotHandler:
+    """Return what answers POST /v1/ensure in front of the application: the same frame around the same work."""
+
+    async def handle(raw: bytes) -> tuple[int, dict[str, Any]]:
+        activity.begin()
+        try:
+            return 200, await data.ensure_body(node, decoded(raw, "/v1/ensure"))
+        except OrchestraError as error:
+            return http_status_of(error), dict(to_wire(error))
+        except Exception as error:  # outermost frame: a bug must not leave a reader without an answer
+            log.exception("POST /v1/ensure failed")
+            return 500, dict(to_wire(_internal(node, error)))
+        finally:
+            activity.end()
+
+    return handle
+
+
+def _internal(node: Node, error: Exception) -> OrchestraError:
+    return OrchestraError(f"internal error in the daemon ({type(error).__name__}); see {node.layout.log}")
 
 
 def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Application:
@@ -37,8 +61,7 @@ def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Applica
             raise  # the client went away
         except Exception as error:
             log.exception("%s %s failed", request.method, request.path)
-            text = f"internal error in the daemon ({type(error).__name__}); see {node.layout.log}"
-            return answer(to_wire(OrchestraError(text)), status=500)
+            return answer(to_wire(_internal(node, error)), status=500)
         finally:
             activity.end()
 

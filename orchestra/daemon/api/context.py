@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -21,6 +23,7 @@ class Activity:
         self._clock = clock
         self._running = 0
         self._last_ns = clock.now_ns()
+        self._drained = asyncio.Event()
         self.requests_total = 0
 
     def begin(self) -> None:
@@ -32,6 +35,15 @@ class Activity:
         """A request was answered."""
         self._running -= 1
         self._last_ns = self._clock.now_ns()
+        if not self._running:
+            self._drained.set()
+
+    async def wait_drained(self, timeout_s: float) -> None:
+        """Return when no request is being served, or after `timeout_s`."""
+        self._drained.clear()
+        if self._running:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
 
     def note(self) -> None:
         """Something else happened: a reader read."""
@@ -49,13 +61,17 @@ def answer(body: dict[str, Any], status: int = 200) -> web.Response:
 
 async def body_of(request: web.Request) -> dict[str, Any]:
     """Return the JSON object that was sent. Raises UsageError."""
-    raw = await request.read()
+    return decoded(await request.read(), request.path)
+
+
+def decoded(raw: bytes, route: str) -> dict[str, Any]:
+    """Return the JSON object in `raw`, {} for nothing. Raises UsageError naming the route."""
     try:
         body = msgspec.json.decode(raw) if raw else {}
     except msgspec.DecodeError as error:
-        raise UsageError(f"{request.path}: the body is not JSON: {error}") from error
+        raise UsageError(f"{route}: the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise UsageError(f"{request.path}: the body is not a JSON object")
+        raise UsageError(f"{route}: the body is not a JSON object")
     return body
 
 

@@ -48,17 +48,21 @@ async def ensure(request: web.Request) -> web.Response:
 
     `ahead_stop`: go on fetching up to there in the background.
     """
-    body = await body_of(request)
-    node = request.app[NODE]
+    return answer(await ensure_body(request.app[NODE], await body_of(request)))
+
+
+async def ensure_body(node: Node, body: dict[str, Any]) -> dict[str, Any]:
+    """Do what `ensure` is asked for; return its answer."""
     wanted = _wanted(node, body)
+    suspect = typed(body, "suspect", bool, False)
     ahead_stop = typed(body, "ahead_stop", int, 0)
     if ahead_stop > wanted.byte_range.stop:
         # First what is waited for: both end up in the same queue.
-        waited = asyncio.ensure_future(node.engine.ensure(wanted, suspect=typed(body, "suspect", bool, False)))
+        waited = asyncio.ensure_future(node.engine.ensure(wanted, suspect=suspect))
         await asyncio.sleep(0)
         node.prefetch.ahead(node.prefetch.rest_of(wanted, ahead_stop))
-        return answer({"kept": await waited})
-    return answer({"kept": await node.engine.ensure(wanted, suspect=typed(body, "suspect", bool, False))})
+        return {"kept": await waited}
+    return {"kept": await node.engine.ensure(wanted, suspect=suspect)}
 
 
 async def ensure_many(request: web.Request) -> web.Response:
