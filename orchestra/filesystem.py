@@ -36,7 +36,9 @@ _clients: dict[object, Client] = {}
 
 def _shared_client(config: str | None) -> Client:
     variables = frozenset(item for item in os.environ.items() if item[0].startswith("ORCHESTRA_"))
-    key = (config, Path.cwd(), variables)
+    # Both may say which configuration is found. A working folder that was removed finds none.
+    folder = os.getcwd() if Path(os.curdir).exists() else None
+    key = (config, folder, variables)
     client = _clients.get(key)
     if client is None:
         from orchestra.client.connect import connect

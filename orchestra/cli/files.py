@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -243,6 +242,8 @@ def cp(session: Session, source: str, target: str, recursive: bool) -> None:
 
 
 def _copy_tree(client: Client, root: Entry, destination: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms that no other command needs
+
     files = _make_folders(client, root, destination)
     executor = ThreadPoolExecutor(COPIES_AT_ONCE_MAX, thread_name_prefix="orchestra-cp")
     try:
