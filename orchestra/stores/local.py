@@ -194,8 +194,11 @@ class LocalStore:
             for entry in entries:
                 self._add(entry, prefix, objects, prefixes)
         except OSError as error:
-            # Not StoreUnavailableError: where the scan stood is lost, and asking again would leave names out.
-            raise StoreError(operation.failed(os.strerror(error.errno or errno.EIO))) from error
+            failure = _translated(error, operation)
+            if isinstance(failure, StoreUnavailableError):
+                # Not worth a retry: where the scan stood is lost, and asking again would leave names out.
+                failure = StoreError(failure.message)
+            raise failure from error
         page = ListPage(tuple(objects), tuple(prefixes))
         return page, scan if len(entries) == PAGE_KEYS_MAX else None
 
@@ -205,8 +208,10 @@ class LocalStore:
             return
         try:
             result = entry.stat()
-        except FileNotFoundError:  # removed meanwhile, or a link to nothing
-            return
+        except OSError as error:
+            if error.errno in _MISSING:  # removed meanwhile, a link to nothing or to itself
+                return
+            raise
         if stat.S_ISDIR(result.st_mode):
             prefixes.append(key + "/")
         elif stat.S_ISREG(result.st_mode):

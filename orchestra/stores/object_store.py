@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import BaseError, UnauthenticatedError
 
-from orchestra.errors import NotFoundError, OrchestraError, StoreError, StoreUnavailableError
+from orchestra.errors import AccessDeniedError, NotFoundError, OrchestraError, StoreError
 from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.http_client import check_encoding, is_strong_etag
 from orchestra.stores.pages import PagedListing, cut_into_pages, listing_that_arrives_whole
@@ -212,6 +212,9 @@ _CONNECT_REASON = re.compile(r'message: "([^"]+)"')
 _TLS_REASON = re.compile(
     r"(invalid peer certificate: \w+|UnknownIssuer|NotValidForName|CertExpired|InvalidContentType)"
 )
+# obstore asks these when neither options nor environment hold credentials.
+_FROM_CREDENTIALS = re.compile(r"169\.254\.16[0-9]\.|169\.254\.170\.2|fd00:ec2::|TokenRequest|External AWS credential")
+_OWN_REASON = re.compile(r"AccessDeniedError: ([^\n]+)")
 # Answers of a server or a proxy that may be right the next time.
 _PASSING_ANSWERS = {
     "NotPartial": "the answer to a range request was the whole object",
@@ -230,6 +233,8 @@ def translated(error: Exception, operation: Operation) -> OrchestraError:
     """Return our error for one of obstore's, read from its text: it has no other form."""
     text = str(error)
     status = _STATUS.search(text)
+    if isinstance(error, UnauthenticatedError) or _FROM_CREDENTIALS.search(text):
+        return _credentials_failed(text, int(status[1]) if status else 0, operation)
     if status is not None:
         return error_for_status(int(status[1]), operation, code=s3_code(text))
     if "BareRedirect" in text:
@@ -252,6 +257,21 @@ def translated(error: Exception, operation: Operation) -> OrchestraError:
         return unavailable(operation, f"no connection: {reason_found[1] if reason_found else 'refused'}")
     if "HttpError" in text or "HTTP error" in text:
         return unavailable(operation, "the connection failed")
-    if "redential" in text or "metadata" in text.lower():
-        return StoreUnavailableError(operation.failed(f"no credentials could be had: {one_line(text)}"))
     return StoreError(operation.failed(one_line(text)))
+
+
+def _credentials_failed(text: str, status: int, operation: Operation) -> OrchestraError:
+    """Return the error of a request that was not sent or not signed for want of credentials."""
+    own = _OWN_REASON.search(text)
+    if own is not None:  # our credential source failed inside obstore: its sentence says it best
+        return AccessDeniedError(own[1])
+    if status >= 500 or status == 429 or "kind: Timeout" in text:
+        return unavailable(operation, "the machine's credential service does not answer")
+    if status == 401:
+        return error_for_status(401, operation, code=s3_code(text))
+    return AccessDeniedError(
+        operation.failed(
+            "no credentials: the mount's options and the environment hold none, and this machine's metadata service"
+            " gives none (a public bucket needs the option anon = true)"
+        )
+    )

@@ -121,7 +121,8 @@ def _kind_of(scheme: str, uri: str) -> str:
     others = _fsspec_protocols()
     if scheme in others:
         return "fsspec"
-    near = difflib.get_close_matches(scheme, [*known_schemes(), *others], n=1)
+    # Short names: one letter of two is half of it.
+    near = difflib.get_close_matches(scheme, [*known_schemes(), *sorted(others)], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
         f"{_shown(uri)}: unknown scheme {scheme!r}: {hint}known are {', '.join(known_schemes())}"

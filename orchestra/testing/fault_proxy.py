@@ -23,7 +23,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -93,6 +93,7 @@ class LoggedRequest:
     path: str  # with the query, as sent
     range: str
     if_match: str
+    authorization: str = field(default="", repr=False)
     status: int = 0
     body_bytes: int = 0
 
@@ -379,7 +380,7 @@ async def _read_body(reader: asyncio.StreamReader, head: _Head, *, has_body: boo
 
 def _described(head: _Head) -> LoggedRequest:
     method, path, _ = head.first.split(" ", 2)
-    return LoggedRequest(method, path, head.header("range"), head.header("if-match"))
+    return LoggedRequest(method, path, head.header("range"), head.header("if-match"), head.header("authorization"))
 
 
 def _status_answer(action: Status) -> _Answer:
