@@ -192,14 +192,14 @@ def rate_table(
     unit: str,
     cpu_per: str,
     base: str,
+    cold: bool = False,
 ) -> list[str]:
-    """Return a Markdown table: rate, ratio to `base`, spread, and CPU of reader and servers per `cpu_per`.
+    """Return a Markdown table: rate, ratio to `base`, every turn, and CPU of reader and servers per `cpu_per`.
 
     `amount` is what one turn read, in the unit of the rate; CPU is per file in microseconds or per GiB in seconds.
     """
     base_rate = amount / timings[base].median_s
-    factor = 1e6 if cpu_per == "us/file" else 1.0
-    per = amount if cpu_per == "us/file" else amount / 1024
+    factor, digits, per = (1e6, 0, amount) if cpu_per == "us/file" else (1.0, 2, amount / 1024)
     rows = [
         f"| | {unit} | of {base} | turns | CPU {cpu_per}: reader | serving | page cache |",
         "|---|---:|---:|---|---:|---:|---|",
@@ -208,12 +208,12 @@ def rate_table(
         row = timings[contestant.name]
         rate = amount / row.median_s
         turns = " ".join(f"{amount / seconds:.0f}" for seconds in row.seconds)
-        reader_cpu = statistics.median(row.reader_cpu_s) * factor / per
-        serving_cpu = statistics.median(row.serving_cpu_s) * factor / per
-        cpu = f"{reader_cpu:.0f} | {serving_cpu:.0f}" if factor > 1 else f"{reader_cpu:.2f} | {serving_cpu:.2f}"
-        rows.append(
-            f"| {contestant.name} | {rate:.0f} | {rate / base_rate:.2f} | {turns} | {cpu} | {contestant.page_cache} |"
+        reader_cpu, serving_cpu = (
+            f"{statistics.median(cpu_s) * factor / per:.{digits}f}" for cpu_s in (row.reader_cpu_s, row.serving_cpu_s)
         )
+        page_cache = "cold" if cold else contestant.page_cache
+        cells = [contestant.name, f"{rate:.0f}", f"{rate / base_rate:.2f}", turns, reader_cpu, serving_cpu, page_cache]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

@@ -142,6 +142,10 @@ class FsspecReader:
             with ThreadPoolExecutor(work.concurrency) as pool:
                 parts = pool.map(lambda span: self.filesystem.cat_file(path, start=span[0], end=span[1]), spans)
                 outcome.add(work.names[0], parts, work.check)
+        elif self.by_file:
+            with ThreadPoolExecutor(work.concurrency) as pool:
+                for name, content in zip(work.names, pool.map(self.whole, work.names), strict=True):
+                    outcome.add(name, iter([content]), work.check)
         else:
             found = self.filesystem.cat([self.prefix + name for name in work.names], batch_size=work.concurrency)
             by_name = {path.split("://")[-1].lstrip("/"): content for path, content in found.items()}
