@@ -36,8 +36,10 @@ _clients: dict[object, Client] = {}
 
 def _shared_client(config: str | None) -> Client:
     variables = frozenset(item for item in os.environ.items() if item[0].startswith("ORCHESTRA_"))
-    # Both may say which configuration is found. A working folder that was removed finds none.
-    folder = os.getcwd() if Path(os.curdir).exists() else None
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        folder = ""  # it was removed, so no configuration is found in it
     key = (config, folder, variables)
     client = _clients.get(key)
     if client is None:

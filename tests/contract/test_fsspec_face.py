@@ -326,6 +326,16 @@ class TestInstances:
         with fsspec.open("orchestra:///data/lines.txt", "r") as file:
             assert file.readline() == "one\n"
 
+    def test_a_removed_working_folder_is_no_error(
+        self, node: FolderNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A process whose folder is gone still reads, as it does with any file system."""
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        folder.rmdir()
+        assert OrchestraFileSystem(config=node.config, skip_instance_cache=True).cat_file("/data/dir/0.bin") == b"\0"
+
     def test_importing_the_face_is_cheap(self) -> None:
         """It brings fsspec, and neither a store's library nor a server nor torch."""
         code = "import sys, orchestra.filesystem; print(*sys.modules)"
