@@ -97,7 +97,7 @@ class NodeClient:
             if entry is not None:
                 return entry
         location = self._locate(path)
-        if location is None or not location.key:
+        if location is None or not location.key or self._table().names_below(path):
             return directory_at(path)
         answer = self.daemon_request("POST", "/v1/stat", {"path": path, "refresh": refresh})
         return _entry_from_wire(path, answer)

@@ -35,6 +35,8 @@ from orchestra.stores.failover import FailoverStore
 _WRITERS = 3
 # Free space without which the daemon cannot even publish its mounts. A full disk is often full of our own blocks.
 _FREE_AT_START_MIN_BYTES = 256 * 1024
+# What is evicted when a record finds the disk full: the listing of 10,000 files.
+_ROOM_FOR_RECORDS_BYTES = 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -74,7 +76,15 @@ def assemble(
     empty_tmp(layout)
     blocks, index = _open_blocks(config, layout, geometry)
     reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
-    catalog = Catalog(layout, str(layout.tmp), reader, clock=clock, boot_id=boot_id(), is_shown_name=is_shown_name)
+    catalog = Catalog(
+        layout,
+        str(layout.tmp),
+        reader,
+        clock=clock,
+        boot_id=boot_id(),
+        is_shown_name=is_shown_name,
+        make_room=lambda: blocks.evict(_ROOM_FOR_RECORDS_BYTES),
+    )
     budget = ByteBudget(config.fetch.in_flight_bytes_max)
     fetcher = Fetcher(budget)
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")

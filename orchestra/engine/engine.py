@@ -111,7 +111,7 @@ class Engine:
     async def stat(self, path: str, *, refresh: bool = False) -> RecordEntry:
         """Return what is at `path`, no older than the mount's freshness. Raises NotFoundError."""
         location = self._locate(path)
-        if location is None or not location.key:
+        if location is None or not location.key or self.mounts.names_below(normalize_path(path)):
             return RecordEntry(b"", EntryKind.DIRECTORY, 0, 0, "")
         mount = location.mount
         entry = await self._catalog.stat(mount.store, location.key, mount.freshness_s, refresh=refresh)
@@ -171,6 +171,8 @@ class Engine:
         if priority is Priority.DEMAND:
             for listener in self._listeners:
                 listener(Access(wanted, digest, self._geometry.blocks_of(wanted.byte_range)))
+        if not self._blocks.has_room(self._geometry.block_range(wanted.info.size_bytes, missing[0]).length):
+            return False  # to fetch what cannot be kept would be to fetch it twice
         flights = self._join_or_start(digest, wanted, missing, priority)
         try:
             results = await asyncio.gather(*(asyncio.shield(flight) for flight in flights))

@@ -10,21 +10,23 @@ requests that the listing took; this costs at most twice the best choice in hind
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from orchestra.clock import Clock
-from orchestra.errors import NotFoundError
-from orchestra.metadata.reader import Known, MetadataReader, record_name, split_key
+from orchestra.errors import CacheDirectoryError, NotFoundError
+from orchestra.metadata.flights import Flights
+from orchestra.metadata.reader import MetadataReader, record_name, split_key
 from orchestra.metadata.records import Record, RecordBuilder, RecordEntry, publish_record
 from orchestra.stores.contract import UnderStore
+from orchestra.stores.pages import close_pages
 from orchestra.values import EntryKind
 
 log = logging.getLogger(__name__)
@@ -69,14 +71,18 @@ class Catalog:
         clock: Clock,
         boot_id: bytes,
         is_shown_name: Callable[[bytes], bool],
+        make_room: Callable[[], object] = lambda: None,
     ) -> None:
+        """`make_room` is called when the disk has no room for a record, before it is tried once more."""
         self._layout = layout
         self._temporary = temporary
         self._reader = reader
         self._clock = clock
         self._boot_id = boot_id
         self._is_shown_name = is_shown_name
-        self._flights: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        self._make_room = make_room
+        self._stats: Flights[RecordEntry | None] = Flights("look-up", clock)
+        self._lists: Flights[Record] = Flights("listing", clock)
         self._heads_since_old: OrderedDict[tuple[str, str], int] = OrderedDict()
         self._serial = itertools.count()
         self.statistics = MetadataStatistics()
@@ -86,35 +92,36 @@ class Catalog:
     ) -> RecordEntry | None:
         """Return the entry for `key`, no older than asked, or None if nothing is there; its record is published.
 
-        `refresh` asks the store whatever is known, and does not join a question that was asked before.
+        `refresh` asks the store whatever is known, and does not join a question that was asked before. A freshness of
+        zero (`strict`) is the same, and publishes nothing, since nobody could use it.
         """
         self.statistics.stats_total += 1
-        if not refresh:
+        is_now = refresh or freshness_s <= 0
+        if not is_now:
             known = self._reader.lookup(store.store_id, key, freshness_s)
             if known is not None:
                 return known.entry
-        elif (flight := self._flights.get(("stat", store.store_id, key))) is not None:
-            await asyncio.wait([flight])
-        await self._once(("stat", store.store_id, key), lambda: self._ask_for_key(store, key, refresh=refresh))
-        known = self._just_published(store, key)
-        return known.entry if known is not None else None
+        return await self._stats.ask(
+            (store.store_id, key),
+            lambda: self._ask_for_key(store, key, freshness_s, is_now=is_now),
+            age_max_s=0.0 if is_now else freshness_s,
+        )
 
     async def list_directory(
         self, store: UnderStore, prefix: str, freshness_s: float, *, refresh: bool = False
     ) -> Record:
         """Return the listing of `prefix`, no older than asked; it is published. An empty one says nothing is there."""
         self.statistics.lists_total += 1
-        if not refresh:
+        is_now = refresh or freshness_s <= 0
+        if not is_now:
             record = self._reader.listing(store.store_id, prefix, freshness_s)
             if record is not None:
                 return record
-        elif (flight := self._flights.get(("list", store.store_id, prefix))) is not None:
-            await asyncio.wait([flight])
-        await self._once(("list", store.store_id, prefix), lambda: self._ask_for_prefix(store, prefix))
-        record = self._reader.any_listing(store.store_id, prefix)
-        if record is None:
-            raise OSError(f"the listing of {prefix!r} could not be written to the cache directory")
-        return record
+        return await self._lists.ask(
+            (store.store_id, prefix),
+            lambda: self._ask_for_prefix(store, prefix),
+            age_max_s=0.0 if is_now else freshness_s,
+        )
 
     def forget(self, store_id: str, key: str) -> None:
         """Drop what is known about `key` (it was found to be out of date), on disk and so for every process."""
@@ -126,52 +133,39 @@ class Catalog:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    async def _once(self, name: tuple[str, str, str], ask: Callable[[], Awaitable[None]]) -> None:
-        """Run `ask`, or wait for the same question that is under way. A cancelled waiter does not stop it."""
-        await asyncio.shield(self._start(name, ask))
-
-    def _start(self, name: tuple[str, str, str], ask: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
-        task = self._flights.get(name)
-        if task is None:
-            task = asyncio.ensure_future(ask())
-            self._flights[name] = task
-            task.add_done_callback(lambda done: self._land(name, done))
-        return task
-
-    def _land(self, name: tuple[str, str, str], task: asyncio.Task[None]) -> None:
-        self._flights.pop(name, None)
-        if not task.cancelled() and task.exception() is not None:
-            # Whoever waits gets the error itself; a background listing has no one else to tell.
-            log.info("%s %s of %s failed: %s", name[0], name[2] or "/", name[1], task.exception())
-
     async def close(self) -> None:
         """Stop questions under way."""
-        tasks = list(self._flights.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stats.close()
+        await self._lists.close()
 
-    def _just_published(self, store: UnderStore, key: str) -> Known | None:
-        # An age limit of a minute accepts what this call just wrote, whatever the mount's freshness.
-        return self._reader.lookup(store.store_id, key, 60.0)
-
-    async def _ask_for_key(self, store: UnderStore, key: str, *, refresh: bool) -> None:
+    async def _ask_for_key(
+        self, store: UnderStore, key: str, freshness_s: float, *, is_now: bool
+    ) -> RecordEntry | None:
         prefix, name = split_key(key)
         old = self._reader.any_listing(store.store_id, prefix)
-        if not refresh and self._is_listing_cheaper(store.store_id, prefix, old):
-            flight = self._start(("list", store.store_id, prefix), lambda: self._ask_for_prefix(store, prefix))
+        if not is_now and self._is_listing_cheaper(store.store_id, prefix, old):
+            listing = (store.store_id, prefix)
             if old is not None and old.requests <= _AWAITED_LIST_REQUESTS_MAX:
-                await asyncio.shield(flight)
-                return
+                record = await self._lists.ask(
+                    listing, lambda: self._ask_for_prefix(store, prefix), age_max_s=freshness_s
+                )
+                return record.find(name)
+            self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix))
         entry = await self._entry_of(store, key, name)
-        if old is not None and old.find(name) != entry:
+        if old is not None and _differ(old.find(name), entry):
             # The listing is known to be wrong now; a reader must not find the old row in it.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._layout.listing_file(record_name(store.store_id, prefix)))
-        builder = RecordBuilder()
-        if entry is not None:
-            builder.add(entry)
-        self._publish(self._layout.attr_file(record_name(store.store_id, key)), builder, requests=1)
+        if freshness_s > 0:
+            builder = RecordBuilder()
+            if entry is not None:
+                builder.add(entry)
+            try:
+                self._publish(self._layout.attr_file(record_name(store.store_id, key)), builder, requests=1)
+            except OSError as error:
+                # Whoever asked has the answer all the same; the next one asks again.
+                log.warning("what is known of %r cannot be published: %s", key, error)
+        return entry
 
     def _is_listing_cheaper(self, store_id: str, prefix: str, old: Record | None) -> bool:
         counted = self._heads_since_old.pop((store_id, prefix), 0) + 1
@@ -183,21 +177,29 @@ class Catalog:
         return False
 
     async def _entry_of(self, store: UnderStore, key: str, name: bytes) -> RecordEntry | None:
-        """What `key` is now: a directory if keys lie below it (also when it is an object too), a file, or nothing."""
+        """What `key` is now: a file if there is such an object, a directory if keys lie below it, or nothing.
+
+        Where both are true a listing says directory. Here it is a file: to know better would take a LIST for each HEAD.
+        """
         self.statistics.heads_sent += 1
         try:
             info = await store.head(key)
         except NotFoundError:
-            pages = store.list_directory(key + "/")
-            self.statistics.list_pages += 1
-            async for page in pages:
-                if page.objects or page.prefixes:
-                    return RecordEntry(name, EntryKind.DIRECTORY, 0, 0, "")
-                break
-            return None
+            return RecordEntry(name, EntryKind.DIRECTORY, 0, 0, "") if await self._holds_keys(store, key) else None
         return RecordEntry(name, EntryKind.FILE, info.size_bytes, info.mtime_ns, info.version)
 
-    async def _ask_for_prefix(self, store: UnderStore, prefix: str) -> None:
+    async def _holds_keys(self, store: UnderStore, key: str) -> bool:
+        pages = store.list_directory(key + "/")
+        try:
+            async for page in pages:  # a store may send an empty page before one that is not
+                self.statistics.list_pages += 1
+                if page.objects or page.prefixes:
+                    return True
+            return False
+        finally:
+            await close_pages(pages)
+
+    async def _ask_for_prefix(self, store: UnderStore, prefix: str) -> Record:
         builder = RecordBuilder()
         asked_ns = self._clock.now_ns()
         pages = 0
@@ -219,14 +221,38 @@ class Catalog:
                     builder.hidden_count += 1
         self._heads_since_old.pop((store.store_id, prefix), None)
         path = self._layout.listing_file(record_name(store.store_id, prefix))
-        self._publish(path, builder, requests=max(1, pages), fetched_ns=asked_ns)
+        try:
+            raw = self._publish(path, builder, requests=max(1, pages), fetched_ns=asked_ns)
+        except OSError as error:
+            raise CacheDirectoryError(
+                f"the listing of {prefix or '/'} of {store.store_id} cannot be kept in the cache directory: "
+                f"{error.strerror}; free some space there"
+            ) from error
+        return Record(memoryview(raw), (0, 0))
 
-    def _publish(self, path: str, builder: RecordBuilder, *, requests: int, fetched_ns: int | None = None) -> None:
-        """Write the record. Its age counts from before the question: the answer is at least that recent."""
+    def _publish(self, path: str, builder: RecordBuilder, *, requests: int, fetched_ns: int | None = None) -> bytes:
+        """Write the record and return its bytes. Its age counts from before the question: the answer is at least that
+        recent. Raises OSError."""
         raw = builder.pack(
             boot_id=self._boot_id,
             fetched_ns=self._clock.now_ns() if fetched_ns is None else fetched_ns,
             wall_s=self._clock.wall_s(),
             requests=requests,
         )
-        publish_record(path, raw, temporary=f"{self._temporary}/record-{os.getpid()}-{next(self._serial)}")
+        temporary = f"{self._temporary}/record-{os.getpid()}-{next(self._serial)}"
+        try:
+            publish_record(path, raw, temporary=temporary)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self._make_room()
+            publish_record(path, raw, temporary=temporary)
+        return raw
+
+
+def _differ(old: RecordEntry | None, new: RecordEntry | None) -> bool:
+    """Whether the store now says something else. Times do not count: a store may tell them to the millisecond in a
+    listing and to the second in an answer to HEAD."""
+    if old is None or new is None:
+        return old is not new
+    return (old.kind, old.size_bytes, old.version) != (new.kind, new.size_bytes, new.version)

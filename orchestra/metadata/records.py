@@ -11,8 +11,10 @@ unknown.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import secrets
 import struct
 from array import array
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ _HEADER = struct.Struct("<4sI16sQdQIIQQI4x")
 # magic, format, boot id, fetched ns, fetched wall s, count, requests, hidden, names bytes, versions bytes, crc
 _MAGIC = b"ORCL"
 FORMAT_VERSION = 1
+# A time in nanoseconds that every file system can hold: up to the year 2006.
+_IDENTITY_BITS = 60
 # Indexing is four times as quick as calling the enum, and rows are read by the hundred thousand.
 _KINDS = (EntryKind.FILE, EntryKind.FILE, EntryKind.DIRECTORY)
 assert all(_KINDS[kind] is kind for kind in EntryKind)
@@ -249,6 +253,18 @@ def open_record(path: str) -> Record | None:
 
 
 def publish_record(path: str, raw: bytes, *, temporary: str) -> None:
-    """Put the record in place: written under another name, then renamed. Not synced: it can be fetched again."""
-    Path(temporary).write_bytes(raw)
-    os.rename(temporary, path)
+    """Put the record in place: written under another name, then renamed. Not synced: it can be fetched again.
+
+    Raises OSError; nothing is left behind then.
+    """
+    try:
+        Path(temporary).write_bytes(raw)
+        # Readers tell one record from the next by inode and time. The kernel gives a freed inode to the next file, and
+        # stamps files by a clock that ticks every few milliseconds: a number of our own cannot come twice.
+        number_ns = secrets.randbits(_IDENTITY_BITS)
+        os.utime(temporary, ns=(number_ns, number_ns))
+        os.rename(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

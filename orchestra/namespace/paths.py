@@ -30,15 +30,17 @@ def normalize_path(path: str) -> str:
         for component in stripped.split("/"):
             if component in (".", ".."):
                 raise UsageError(f"path {path!r}: {component!r} is not allowed")
-    if (
-        len(stripped) > NAME_LIMIT_BYTES or not stripped.isascii()
-    ):  # characters: only then can a limit in bytes be passed cheaply checked below
+    # A short path of plain ASCII cannot pass a limit; those are nearly all, and this is done on every read.
+    if len(stripped) > NAME_LIMIT_BYTES or not stripped.isascii():
         _check_lengths(stripped)
     return stripped
 
 
 def _check_lengths(path: str) -> None:
-    encoded = path.encode("utf-8", "surrogateescape")
+    try:
+        encoded = path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"path {path!r} holds half a surrogate pair, which no name can") from error
     if len(encoded) >= PATH_LIMIT_BYTES:
         raise NameTooLongError(f"path {path[:40]!r}... has {len(encoded)} bytes, the limit is {PATH_LIMIT_BYTES - 1}")
     longest = max(encoded.split(b"/"), key=len)

@@ -65,12 +65,13 @@ def read_namespace(path: Path) -> PublishedNamespace | None:
     Raises CacheDirectoryError if it was written by another version of orchestra.
     """
     try:
-        body = json.loads(path.read_bytes())
+        body = dict(json.loads(path.read_bytes()))
+        made_by = body.pop("format")
+        if made_by == _FORMAT:
+            mounts = tuple(PublishedMount(**mount) for mount in body.pop("mounts"))
+            return PublishedNamespace(mounts, **body)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CacheDirectoryError(f"{path} is damaged; restart the daemon to write it anew") from error
-    if body.pop("format", None) != _FORMAT:
-        raise CacheDirectoryError(f"{path} was written by another version of orchestra; restart the daemon")
-    mounts = tuple(PublishedMount(**mount) for mount in body.pop("mounts"))
-    return PublishedNamespace(mounts, **body)
+    raise CacheDirectoryError(f"{path} was written by another version of orchestra; restart the daemon")
