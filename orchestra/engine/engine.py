@@ -237,6 +237,8 @@ class Engine:
                 absent.append(block)
             else:
                 self.statistics.blocks_joined += 1
+                if flight not in flights:
+                    self._fetcher.hasten(flight, priority)
                 flights.add(flight)
         for part in plan_parts(absent, block_size_bytes=self._geometry.block_size_bytes):
             task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority))

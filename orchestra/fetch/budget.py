@@ -7,6 +7,7 @@ import heapq
 import itertools
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 
 class Priority(IntEnum):
@@ -25,6 +26,7 @@ class _Waiter:
     serial: int
     size_bytes: int = field(compare=False)
     granted: asyncio.Future[None] = field(compare=False)
+    task: asyncio.Task[Any] | None = field(compare=False)
 
 
 class ByteBudget:
@@ -53,7 +55,8 @@ class ByteBudget:
         if not self._waiters and self._fits(size_bytes):
             self._grant(size_bytes)
             return
-        waiter = _Waiter(priority, next(self._serial), size_bytes, asyncio.get_running_loop().create_future())
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(priority, next(self._serial), size_bytes, granted, asyncio.current_task())
         heapq.heappush(self._waiters, waiter)
         self._wake()
         try:
@@ -72,6 +75,16 @@ class ByteBudget:
         self._used -= size_bytes
         assert self._used >= 0, "more was released than acquired"
         self._wake()
+
+    def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
+        """If `task` waits for a grant less urgently than that, let it wait as urgently: somebody demands what was only
+        to be read ahead. (It keeps its serial, and so goes before younger demands.)"""
+        for waiter in self._waiters:
+            if waiter.task is task and waiter.priority > priority:
+                waiter.priority = priority
+                heapq.heapify(self._waiters)
+                self._wake()
+                return
 
     def _fits(self, size_bytes: int) -> bool:
         return self._used + size_bytes <= self._limit or not self._used

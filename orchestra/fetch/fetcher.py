@@ -3,9 +3,11 @@ wrappers; which blocks to ask for is the engine's choice."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
@@ -28,6 +30,10 @@ class Fetcher:
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
         self.statistics = FetchStatistics()
+
+    def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
+        """Have the part that `task` is about to fetch come as early as that priority says."""
+        self._budget.hasten(task, priority)
 
     @asynccontextmanager
     async def part(
