@@ -79,7 +79,7 @@ def resolve_folder(folder: str) -> str:
 def is_dead(folder: str) -> bool:
     """Whether a FUSE mount on `folder` has lost its process ("Transport endpoint is not connected")."""
     try:
-        os.stat(folder)
+        os.statvfs(folder)  # always asks the process; stat could be answered from the kernel's cache
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

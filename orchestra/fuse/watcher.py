@@ -19,7 +19,7 @@ _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 def detach_if_dead(folder: str) -> bool:
     """Detach `folder` lazily if it is a FUSE mount without a process; return whether it was."""
     try:
-        os.stat(folder)
+        os.statvfs(folder)  # stat could be answered from the kernel's cache
         return False
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from tests.support.folder_client import FolderClient
 class Server:
     """The test's end: a mount that lives until `close`."""
 
-    def __init__(self, folder: Path, target: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, target: Path, *, launcher: Sequence[str] = (), **options: Any) -> None:
         self.target = target
-        command = [sys.executable, __file__, str(folder), str(target), json.dumps(options)]
+        launcher = launcher or [sys.executable]
+        command = [*launcher, __file__, str(folder), str(target), json.dumps(options)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         answer = self._answer()
         if answer != "ready":

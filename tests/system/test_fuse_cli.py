@@ -1,0 +1,199 @@
+"""`orchestra fuse` as a user types it, on the real client and daemon, over a local folder as the store."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestra.fuse.mount import mount_at, unmount
+from tests.support.fuse_mounts import needs_fuse
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, needs_fuse]
+
+
+@dataclass
+class Site:
+    """A configuration, its store, and a folder to mount on."""
+
+    root: Path
+    store: Path
+    target: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHESTRA_")}
+        return kept | {"XDG_STATE_HOME": str(self.root / "state"), "HOME": str(self.root)}
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", "orchestra", "--config", str(self.root / "orchestra.toml")]
+
+    def run(self, *words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.command, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self.environment,
+            cwd=cwd,
+            timeout=60,
+        )
+
+    def known(self) -> dict[str, object] | None:
+        """Return what `fuse ls --json` says of the target."""
+        rows = json.loads(self.run("fuse", "ls", "--json").stdout)
+        return next((row for row in rows if row["folder"] == str(self.target)), None)
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits only for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() == b""
+    except FileNotFoundError:
+        return True
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    store, target = tmp_path / "store", tmp_path / "a target"
+    (store / "d").mkdir(parents=True)
+    (store / "d" / "file").write_bytes(b"z" * 300_000)
+    target.mkdir()
+    (tmp_path / "orchestra.toml").write_text(
+        f'[cache]\ndir = "{tmp_path}/cache"\nsize = "1GiB"\nfree_space_ratio = 0\n'
+        f'[[mount]]\npath = "/data"\nuri = "file://{store}"\n'
+    )
+    site = Site(tmp_path, store, target)
+    yield site
+    while mount_at(str(target)) is not None:
+        unmount(str(target), lazy=True)
+    site.run("daemon", "stop")
+
+
+def test_mount_answers_when_the_folder_does_and_umount_when_all_has_ended(site: Site) -> None:
+    """The main round: mount in the background, read, list, unmount; nothing is left behind."""
+    done = site.run("fuse", "mount", site.target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"mounted / on {site.target}" in done.stdout
+    assert (site.target / "data" / "d" / "file").read_bytes() == b"z" * 300_000
+    known = site.known()
+    assert known is not None
+    assert (known["state"], known["path"], known["mode"]) == ("served", "/", "auto")
+    assert str(known["log"]).startswith(str(site.root / "state"))
+    done = site.run("fuse", "umount", site.target)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"unmounted {site.target}\n", "")
+    assert _has_ended(int(str(known["pid"])))
+    assert site.known() is None
+    assert os.listdir(site.target) == []
+    assert not list((site.root / "state").rglob("*.json"))
+
+
+def test_a_path_of_the_namespace_can_be_mounted_with_options(site: Site) -> None:
+    """Relative folders, a path, owner, umask and mode arrive at the process in the background."""
+    words = ["--uid", "77", "--gid", "78", "--umask", "027", "--mode", "pagecache", "--attr-timeout", "1h", "/data/d"]
+    assert site.run("fuse", "mount", *words, "a target", cwd=site.root).returncode == 0
+    status = os.stat(site.target / "file")
+    assert (status.st_uid, status.st_gid, oct(status.st_mode)) == (77, 78, oct(0o100440))
+    known = site.known()
+    assert known is not None
+    assert (known["path"], known["mode"]) == ("/data/d", "pagecache")
+    assert site.run("fuse", "umount", "a target", cwd=site.root).returncode == 0
+
+
+def test_foreground_serves_until_a_signal_and_ends_with_0(site: Site) -> None:
+    """It says when it is ready, and Ctrl-C is how it is ended."""
+    with subprocess.Popen(
+        [*site.command, "fuse", "mount", "--foreground", str(site.target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=site.environment,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"mounted / on {site.target}")
+        assert os.listdir(site.target) == ["data"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    assert mount_at(str(site.target)) is None
+
+
+def test_a_busy_folder_is_unmounted_only_lazily(site: Site) -> None:
+    """umount says that it is busy and what to do."""
+    assert site.run("fuse", "mount", site.target).returncode == 0
+    with open(site.target / "data" / "d" / "file", "rb") as file:  # noqa: PTH123 - stays open
+        done = site.run("fuse", "umount", site.target)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"orchestra: {site.target} is busy: close the files open on it, or detach it with --lazy\n"
+        )
+        assert site.run("fuse", "umount", "--lazy", site.target).returncode == 0
+        assert file.read() == b"z" * 300_000
+
+
+def test_a_dead_mount_is_cleared_and_said(site: Site) -> None:
+    """What a killed process without a watcher left behind is detached, in one line, and mounted over."""
+    from orchestra.fuse.mount import attach
+    from orchestra.fuse.options import MountOptions
+
+    os.close(attach(str(site.target), MountOptions()))
+    known = site.known()
+    assert known is not None
+    assert known["state"] == "dead"
+    done = site.run("fuse", "mount", site.target)
+    assert done.returncode == 0
+    assert "was a dead FUSE mount" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert os.listdir(site.target) == ["data"]
+    assert site.run("fuse", "umount", site.target).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["mount", "missing"], 1, "does not exist: create it with mkdir -p"),
+        (["mount", "orchestra.toml"], 1, "is not a folder"),
+        (["mount", "store"], 1, "is not empty"),
+        (["mount", "/nope", "a target"], 1, "/nope"),
+        (["mount", "/data/d/file", "a target"], 1, "it is a file"),
+        (["mount", "relative", "a target"], 1, "must begin with a slash"),
+        (["mount", "s3://bucket/x", "a target"], 1, "not yet: s3://bucket/x must be attached first"),
+        (["mount", ".."], 1, "lies inside the mount point"),
+        (["mount", "--mode", "fast", "a target"], 2, "'auto', 'passthrough', 'pagecache'"),
+        (["mount", "--umask", "9", "a target"], 2, "three octal digits"),
+        (["mount", "--attr-timeout", "soon", "a target"], 2, "such as 60s"),
+        (["mount", "a", "b", "c"], 2, "expected [PATH or URI] FOLDER"),
+        (["mount"], 2, "FOLDER"),
+        (["umount", "a target"], 1, "nothing is mounted on"),
+        (["umount", "/proc"], 1, "is a mount of type proc, not one of orchestra's"),
+    ],
+)
+def test_a_wrong_command_says_why_in_one_line(site: Site, words: list[str], status: int, sentence: str) -> None:
+    """No traceback, nothing mounted, 1 for what cannot be done and 2 for what cannot be meant."""
+    if words[-1] == "..":
+        (site.root / "empty").mkdir()
+    done = site.run("fuse", *words, cwd=site.root / "empty" if words[-1] == ".." else site.root)
+    assert done.returncode == status, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    if status == 1:
+        assert len(done.stderr.splitlines()) == 1
+    assert mount_at(str(site.target)) is None
+
+
+def test_a_mount_outlives_its_daemon(site: Site) -> None:
+    """With the daemon gone hits are served, and a miss starts it again."""
+    (site.store / "d" / "second").write_bytes(b"second")
+    assert site.run("fuse", "mount", site.target).returncode == 0
+    assert (site.target / "data" / "d" / "file").read_bytes() == b"z" * 300_000
+    assert site.run("daemon", "stop").returncode == 0
+    assert (site.target / "data" / "d" / "file").read_bytes() == b"z" * 300_000
+    assert (site.target / "data" / "d" / "second").read_bytes() == b"second"
+    assert site.run("fuse", "umount", site.target).returncode == 0
