@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,8 +24,9 @@ class OwnerLock:
             owner = _owner(self._fd)
             os.close(self._fd)
             raise CacheDirectoryError(f"cache directory {path.parent} is in use by {owner}") from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "started": started}).encode(), 0)
+        with contextlib.suppress(OSError):  # no room for a name on a full disk: the lock is what counts
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "started": started}).encode(), 0)
 
     def release(self) -> None:
         """Let the next daemon in."""

@@ -54,6 +54,10 @@ def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = Non
     except OrchestraError as error:
         notify(json.dumps(to_wire(error)))
         raise
+    except Exception as error:
+        log.exception("the daemon ends")
+        notify(json.dumps(to_wire(CacheDirectoryError(f"the daemon of cache.dir {config.cache.dir} failed: {error}"))))
+        raise
     finally:
         notify("")
 
@@ -97,6 +101,7 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     assert web_server is not None, "the runner was set up"
     server = await loop.create_unix_server(lambda: HotConnection(web_server(), hot), str(socket_path), backlog=_BACKLOG)
     socket_path.chmod(0o600)
+    socket_inode = socket_path.stat().st_ino
     log.info("orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table))
     notify("{}")
     try:
@@ -111,7 +116,7 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
                 task.cancel()
     finally:
         log.info("stopping")
-        socket_path.unlink(missing_ok=True)  # first: whoever comes now starts a successor, and waits for our lock
+        _remove_socket(socket_path, socket_inode)  # first: whoever comes now starts a successor, which waits for us
         server.close()
         await activity.wait_drained(_DRAIN_TIMEOUT_S)
         await runner.cleanup()
@@ -128,8 +133,14 @@ def _free_socket(path: Path) -> Path:
     return path
 
 
+def _remove_socket(path: Path, inode: int) -> None:
+    """Remove our socket, unless the cache directory was removed under us and another daemon lives there by now."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_ino == inode:
+            path.unlink()
+
+
 async def _watch_accesses(node: Node, activity: Activity) -> None:
-    per_extent = node.geometry.blocks_per_extent
     while True:
         await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following else _NOTES_INTERVAL_S)
         notes = node.accesses.collect()
@@ -138,9 +149,9 @@ async def _watch_accesses(node: Node, activity: Activity) -> None:
         activity.note()
         node.prefetch.on_notes(notes)
         for note in notes:
-            digest = note.digest.hex()
-            for block in range(note.first_block, note.first_block + note.block_count, per_extent):
-                node.blocks.touch(digest, block)
+            blocks = range(note.first_block, note.first_block + note.block_count)
+            for _, run in node.geometry.extents_of(blocks):
+                node.blocks.touch(note.digest.hex(), run.start)
 
 
 async def _flush_index(node: Node) -> None:

@@ -61,12 +61,14 @@ class MountAdmin:
         return self._table
 
     def reload(self, config: Config) -> None:
-        """Take the mounts of a configuration that was read again.
+        """Take the mounts of a configuration that was read again, and publish the table.
 
         Raises ConfigError, and changes nothing, if they do not fit together.
         """
         if fingerprint(config.mounts) != fingerprint(self._config.mounts):
             self._apply(config, self._added)
+        else:
+            self._publish()  # whoever asks for a reload may have found nothing published, or nothing readable
 
     async def add(self, mount: MountConfig) -> None:
         """Add a mount whose store answers, and remember it.

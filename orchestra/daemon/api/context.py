@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from typing import Any
 
 import msgspec
@@ -56,7 +57,7 @@ class Activity:
 
 def answer(body: dict[str, Any], status: int = 200) -> web.Response:
     """Return a JSON answer."""
-    return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json")
+    return web.Response(body=encoded(body), status=status, content_type="application/json")
 
 
 async def body_of(request: web.Request) -> dict[str, Any]:
@@ -68,11 +69,27 @@ def decoded(raw: bytes, route: str) -> dict[str, Any]:
     """Return the JSON object in `raw`, {} for nothing. Raises UsageError naming the route."""
     try:
         body = msgspec.json.decode(raw) if raw else {}
-    except msgspec.DecodeError as error:
-        raise UsageError(f"{route}: the body is not JSON: {error}") from error
+    except msgspec.DecodeError:
+        body = _decoded_slowly(raw, route)
     if not isinstance(body, dict):
         raise UsageError(f"{route}: the body is not a JSON object")
     return body
+
+
+def _decoded_slowly(raw: bytes, route: str) -> Any:
+    # A name that is no UTF-8 comes as half surrogate pairs, as Python's own file functions have it. msgspec refuses it.
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise UsageError(f"{route}: the body is not JSON: {error}") from error
+
+
+def encoded(body: dict[str, Any]) -> bytes:
+    """Return the JSON of an answer."""
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        return json.dumps(body).encode()
 
 
 def typed(body: dict[str, Any], name: str, kind: type, default: Any = ...) -> Any:

@@ -65,8 +65,7 @@ async def metrics(request: web.Request) -> web.Response:
 async def reload_config(request: web.Request) -> web.Response:
     """POST -> {}: the mounts of the daemon's configuration file are read again."""
     node = request.app[NODE]
-    if node.config.source is not None:
-        node.mounts.reload(load_config(node.config.source))
+    node.mounts.reload(load_config(node.config.source) if node.config.source is not None else node.config)
     return answer({})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from aiohttp import web
@@ -13,6 +14,8 @@ from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError, UsageError, to_wire
 from orchestra.metadata.records import RecordEntry
 from orchestra.values import ByteRange, EntryKind
+
+log = logging.getLogger(__name__)
 
 # Paths of one ensure_many fetched at the same time; the stores' own limits are what counts in the end.
 _MANY_AT_ONCE = 256
@@ -98,9 +101,17 @@ async def read(request: web.Request) -> web.StreamResponse:
     response.content_type = "application/octet-stream"
     response.content_length = wanted.byte_range.length
     await response.prepare(request)
-    await response.write(bytes(first))
-    async for piece in pieces:
-        await response.write(bytes(piece))
+    try:
+        await response.write(bytes(first))
+        async for piece in pieces:
+            await response.write(bytes(piece))
+    except OrchestraError as error:
+        # An answer about the error would be taken for the rest of the bytes. The reader sees the connection break, asks
+        # again, and gets the error itself if it comes with the first piece.
+        log.warning("reading %s broke off: %s", wanted.info.key, error)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(str(error)) from error
     await response.write_eof()
     return response
 

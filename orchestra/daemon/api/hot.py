@@ -11,8 +11,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 from aiohttp.web_protocol import RequestHandler
+
+from orchestra.daemon.api.context import encoded
 
 _HOT = b"POST /v1/ensure HTTP/1.1\r\n"
 _LENGTH = b"content-length:"
@@ -48,7 +49,7 @@ class HotConnection(asyncio.Protocol):
     async def _answer(self, body: bytes) -> None:
         try:
             status, answer = await self._handle(body)
-            payload = msgspec.json.encode(answer)
+            payload = encoded(answer)
             head = b"HTTP/1.1 %d -\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             if self._transport is not None:
                 self._transport.write(head % (status, len(payload)) + payload)
