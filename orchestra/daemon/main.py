@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from aiohttp import web
@@ -89,6 +89,22 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
+    try:
+        async with answering(node, stop, activity):
+            log.info(
+                "orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table)
+            )
+            notify("{}")
+            await _keep(node, activity, stop, idle_timeout_s=config.daemon.idle_timeout_s if autostarted else None)
+            log.info("stopping")
+    finally:
+        await disassemble(node)
+
+
+@contextlib.asynccontextmanager
+async def answering(node: Node, stop: asyncio.Event, activity: Activity) -> AsyncIterator[None]:
+    """Answer requests on the node's socket inside the block, then let those under way finish; POST /v1/stop sets
+    `stop`. Taking the node apart is the caller's."""
     runner = web.AppRunner(
         make_app(node, stop, activity),
         access_log=None,
@@ -96,31 +112,31 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
         keepalive_timeout=_KEEPALIVE_S,
     )
     await runner.setup()
-    socket_path = _free_socket(node.layout.socket)
+    path = _free_socket(node.layout.socket)
     web_server, hot = runner.server, make_hot_handler(node, activity)
     assert web_server is not None, "the runner was set up"
-    server = await loop.create_unix_server(lambda: HotConnection(web_server(), hot), str(socket_path), backlog=_BACKLOG)
-    socket_path.chmod(0o600)
-    socket_inode = socket_path.stat().st_ino
-    log.info("orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table))
-    notify("{}")
+    loop = asyncio.get_running_loop()
+    server = await loop.create_unix_server(lambda: HotConnection(web_server(), hot), str(path), backlog=_BACKLOG)
+    path.chmod(0o600)
+    inode = path.stat().st_ino
     try:
-        async with asyncio.TaskGroup() as tasks:
-            keeping = [
-                tasks.create_task(_watch_accesses(node, activity)),
-                tasks.create_task(_flush_index(node)),
-                tasks.create_task(_stop_when_idle(config, activity, stop) if autostarted else stop.wait()),
-            ]
-            await stop.wait()
-            for task in keeping:
-                task.cancel()
+        yield
     finally:
-        log.info("stopping")
-        _remove_socket(socket_path, socket_inode)  # first: whoever comes now starts a successor, which waits for us
+        _remove_socket(path, inode)  # first: whoever comes now starts a successor, and waits for our lock
         server.close()
         await activity.wait_drained(_DRAIN_TIMEOUT_S)
         await runner.cleanup()
-        await disassemble(node)
+
+
+async def _keep(node: Node, activity: Activity, stop: asyncio.Event, *, idle_timeout_s: float | None) -> None:
+    """Keep the books until `stop` is set, or until nothing happened for `idle_timeout_s`."""
+    async with asyncio.TaskGroup() as tasks:
+        keeping = [tasks.create_task(_watch_accesses(node, activity)), tasks.create_task(_flush_index(node))]
+        if idle_timeout_s is not None:
+            keeping.append(tasks.create_task(_stop_when_idle(idle_timeout_s, activity, stop)))
+        await stop.wait()
+        for task in keeping:
+            task.cancel()
 
 
 def _free_socket(path: Path) -> Path:
@@ -161,8 +177,7 @@ async def _flush_index(node: Node) -> None:
         await loop.run_in_executor(node.writers, node.blocks.flush)
 
 
-async def _stop_when_idle(config: Config, activity: Activity, stop: asyncio.Event) -> None:
-    limit_s = config.daemon.idle_timeout_s
+async def _stop_when_idle(limit_s: float, activity: Activity, stop: asyncio.Event) -> None:
     while (left_s := limit_s - activity.idle_s()) > 0:
         await asyncio.sleep(left_s)
     log.info("nothing to do for %.0f s", limit_s)
