@@ -111,7 +111,8 @@ AZURE_NAMES = frozenset(
     }
 )
 HTTP_NAMES = frozenset({"bearer_token", "user", "password", "ca_file", "allow_invalid_certificates", "proxy_url"})
-# Every object store: `client = "fsspec"` serves the mount through the protocol's fsspec file system instead.
+# S3, GCS and Azure: `client = "fsspec"` serves the mount through s3fs, gcsfs or adlfs instead. Not HTTP: fsspec's does
+# not quote names, knows no times and takes an index page for a file.
 CLIENT_NAMES = ("obstore", "fsspec")
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -125,8 +126,8 @@ def canonical_options(
     known, spelled = frozenset(names), aliases or {}
     found: dict[str, str] = {}
     for name, value in options.items():
-        if name == "client":
-            continue
+        if name == "client" and kind in ("s3", "gs", "az"):
+            continue  # read by chosen_client
         target = spelled.get(name, name)
         if target not in known:
             raise ConfigError(_unknown(kind, name, [*known, *spelled]))

@@ -83,7 +83,7 @@ def open_bare_store(
         from orchestra.stores.object_clients import open_azure
 
         return open_azure(uri, options, fetch)
-    if uri.kind == "http" and not by_fsspec:
+    if uri.kind == "http":
         from orchestra.stores.http import open_http
 
         return open_http(uri, options, fetch, clock)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
+from orchestra.clock import SystemClock
 from orchestra.config import FetchConfig
 from orchestra.errors import NotFoundError
 from orchestra.stores.contract import StoreSettings, UnderStore
-from orchestra.stores.registry import open_store
+from orchestra.stores.fsspec_store import FsspecStore
+from orchestra.stores.registry import open_store, wrapped
+from orchestra.testing.fault_store import FaultStore
 from orchestra.testing.s3_server import S3Server
 from orchestra.testing.under_store import ODD_KEYS, Delete, Put, PutNumbered, UnderStoreSuite
 from tests.support.web_servers import aiohttp_server, nginx_server, plain_server
@@ -215,3 +219,24 @@ class TestHttpByNginx(HttpSuite):
         tmp_path.chmod(0o755)
         async with nginx_server(tmp_path / "data", tmp_path) as url:
             yield url
+
+
+class TestFaultStore(TestMemory):
+    """A fault store without a script is the store that it wraps."""
+
+    @pytest.fixture
+    async def store(self, root: str) -> AsyncIterator[UnderStore]:
+        store = FaultStore(open_store(StoreSettings(f"memory:/{root}", {}), FETCH))
+        yield store
+        await store.close()
+
+
+class TestAsynchronousFsspec(TestMemory):
+    """The generic store over an asynchronous fsspec file system runs in our loop, without threads of its own."""
+
+    @pytest.fixture
+    async def store(self, root: str) -> AsyncIterator[UnderStore]:
+        fs = AsyncFileSystemWrapper(fsspec.filesystem("memory"), asynchronous=True)
+        store = wrapped(FsspecStore(fs, root=f"{root}/", store_id="memory://async/"), FETCH, clock=SystemClock())
+        yield store
+        await store.close()

@@ -171,6 +171,7 @@ def test_checking_common_uris_imports_no_client() -> None:
         ("az://b/x", {"acount_name": "a"}, "did you mean 'account_name'?"),
         ("http://h/x", {"bearer_tokn": "canary"}, "did you mean 'bearer_token'?"),
         ("http://h/x", {"user": "a", "bearer_token": "canary"}, "exclude each other"),
+        ("http://h/x", {"client": "fsspec"}, "http: unknown option 'client'"),
         ("/data", {"key": "a"}, "a folder takes no options"),
     ],
 )
@@ -277,7 +278,7 @@ def test_texts_of_options_are_read_carefully() -> None:
     assert literal("account", "0123") == "0123"
     assert literal("account", "123") == "123"
     assert literal("auto_mkdir", "False") is False
-    assert canonical_options("k", {"client": "obstore"}, names=()) == {}
+    assert canonical_options("s3", {"client": "obstore"}, names=()) == {}
 
 
 # signatures
