@@ -133,6 +133,11 @@ class LocalObject:
         # object and not before: a number given back to the kernel early could be somebody else's file by then.
         self._retired: list[_OpenFile] = []
 
+    @property
+    def block_size_bytes(self) -> int:
+        """The size of its blocks."""
+        return self._geometry.block_size_bytes
+
     def readinto(self, offset: int, buffer: memoryview) -> int | None:
         """Fill `buffer` from `offset` if every byte is here, else return None. Short only at the object's end.
 

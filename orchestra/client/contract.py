@@ -2,7 +2,8 @@
 
 A client belongs to no thread and no loop: any thread of any process that inherited it by fork may call it. Calls whose
 name ends in `_cached` never wait and never send a message; the others may ask the node daemon.
-Errors are those of `orchestra.errors`; paths are absolute ("/imagenet/a.jpg"), "/" is the root, a trailing slash is ignored.
+Errors are those of `orchestra.errors`; paths are absolute ("/imagenet/a.jpg"), "/" is the root, a trailing slash is
+ignored.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from orchestra.blocks.reader import CorruptBlockError, LocalObject
@@ -22,13 +23,14 @@ _WINDOW_BLOCKS = 4
 class NodeHandle:
     """See `orchestra.client.contract.Handle`."""
 
-    __slots__ = ("_client", "_digest", "_entry", "_local")
+    __slots__ = ("_block_size", "_client", "_digest", "_entry", "_local")
 
     def __init__(self, client: NodeClient, entry: Entry, digest: str, local: LocalObject) -> None:
         self._client = client
         self._entry = entry
         self._digest = bytes.fromhex(digest)
         self._local = local
+        self._block_size = local.block_size_bytes
 
     @property
     def entry(self) -> Entry:
@@ -40,10 +42,14 @@ class NodeHandle:
         view = self._writable(offset, buffer)
         if not view:
             return 0
-        count = self._try_local(offset, view)
+        try:
+            count = self._local.readinto(offset, view)
+        except CorruptBlockError:
+            count = None  # found again below, and told to the daemon
         if count is not None:
+            self._note(self._client.note_hit, offset, count)
             return count
-        window = _WINDOW_BLOCKS * self._client.geometry.block_size_bytes
+        window = _WINDOW_BLOCKS * self._block_size
         at = 0
         while at < len(view):
             stop = min(len(view), at + window - (offset + at) % window)
@@ -61,7 +67,7 @@ class NodeHandle:
         if length < 0:
             raise UsageError(f"cannot read {length} bytes")
         size = self._entry.size_bytes
-        if not offset and 0 < size <= length and self._client.geometry.is_small(size):
+        if not offset and 0 < size <= length and size <= self._block_size:
             data = self._try_whole()
             if data is not None:
                 return data
@@ -97,7 +103,7 @@ class NodeHandle:
         except CorruptBlockError:
             return None
         if count is not None:
-            self._client.note_hit(self._digest, offset, count)
+            self._note(self._client.note_hit, offset, count)
         return count
 
     def _try_whole(self) -> bytes | None:
@@ -106,8 +112,12 @@ class NodeHandle:
         except CorruptBlockError:
             return None
         if data is not None:
-            self._client.note_hit(self._digest, 0, len(data))
+            self._client.note_hit(self._digest, 0, 1, len(data))
         return data
+
+    def _note(self, note: Callable[[bytes, int, int, int], None], offset: int, size_bytes: int) -> None:
+        first = offset // self._block_size
+        note(self._digest, first, (offset + size_bytes - 1) // self._block_size - first + 1, size_bytes)
 
     def _read_missing(self, offset: int, view: memoryview, *, ahead_stop: int) -> None:
         """Fill all of `view`, asking the daemon. Raises StaleObjectError, StoreError."""
@@ -116,7 +126,7 @@ class NodeHandle:
             try:
                 count = self._local.readinto(offset, view)
                 if count is not None:
-                    self._client.note_miss(self._digest, offset, count)
+                    self._note(self._client.note_miss, offset, count)
                     return
                 suspect = False
             except CorruptBlockError:
@@ -130,11 +140,11 @@ class NodeHandle:
         else:
             try:
                 if self._local.readinto(offset, view) is not None:
-                    self._client.note_miss(self._digest, offset, len(view))
+                    self._note(self._client.note_miss, offset, len(view))
                     return
             except CorruptBlockError:
                 pass  # the bytes over the socket are checked at their source
         count = self._client.read_through(self._entry, offset, view)
         if count != len(view):
             raise StoreError(f"{self._entry.path}: asked for {len(view)} bytes at {offset}, got {count}")
-        self._client.note_miss(self._digest, offset, count)
+        self._note(self._client.note_miss, offset, count)

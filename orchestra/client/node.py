@@ -105,8 +105,13 @@ class NodeClient:
     def stat_cached(self, path: str) -> Entry | None:
         """See Client."""
         path = normalize_path(path)
-        location = self._locate(path)
-        if location is None or not location.key or self._table().names_below(path):
+        table = self._table()
+        return self._entry_cached(table, _located(table, path), path)
+
+    def _entry_cached(
+        self, table: MountTable[PublishedMount], location: Location[PublishedMount] | None, path: str
+    ) -> Entry | None:
+        if location is None or not location.key or table.names_below(path):
             return directory_at(path)
         mount = location.mount
         known = self._metadata.lookup(mount.store_id, location.key, mount.freshness_s)
@@ -162,11 +167,14 @@ class NodeClient:
 
     def open(self, path: str, *, entry: Entry | None = None) -> NodeHandle:
         """See Client."""
+        path = normalize_path(path)
+        table = self._table()
+        location = _located(table, path)
         if entry is None:
-            entry = self.stat(path)
-        if entry.kind is EntryKind.DIRECTORY:
+            entry = self._entry_cached(table, location, path) or self.stat(path)
+        if entry.kind is EntryKind.DIRECTORY or location is None or not location.key:
             raise IsADirectoryPathError(f"is a directory: {path}")
-        digest = self._object_id(entry).digest()
+        digest = ObjectId(location.mount.store_id, location.key, entry.version).digest()
         return NodeHandle(self, entry, digest, self._local(digest, entry.size_bytes))
 
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -218,17 +226,13 @@ class NodeClient:
         body = _wanted(entry, offset, offset + len(view))
         return self._with_daemon(lambda connection: connection.read_into("/v1/read", body, view))
 
-    def note_hit(self, digest: bytes, offset: int, size_bytes: int) -> None:
+    def note_hit(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
         """Count a read from this node's disk."""
-        block = self._current().geometry.block_size_bytes
-        first = offset // block
-        self._access_ring().hit(digest, first, (offset + size_bytes - 1) // block - first + 1, size_bytes)
+        self._access_ring().hit(digest, first_block, block_count, size_bytes)
 
-    def note_miss(self, digest: bytes, offset: int, size_bytes: int) -> None:
+    def note_miss(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
         """Count a read that had to ask the daemon."""
-        block = self._current().geometry.block_size_bytes
-        first = offset // block
-        self._access_ring().miss(digest, first, (offset + size_bytes - 1) // block - first + 1, size_bytes)
+        self._access_ring().miss(digest, first_block, block_count, size_bytes)
 
     def _is_cached(self, path: str) -> bool:
         entry = self.stat_cached(path)
@@ -260,10 +264,7 @@ class NodeClient:
     # -- the published namespace -----------------------------------------------------------------------------------
 
     def _locate(self, path: str) -> Location[PublishedMount] | None:
-        location = self._table().locate(path)
-        if location is not None and location.mount.error:
-            raise ConfigError(f"mount {location.mount.path}: {location.mount.error}")
-        return location
+        return _located(self._table(), path)
 
     def _table(self) -> MountTable[PublishedMount]:
         return self._current().table
@@ -302,8 +303,8 @@ class NodeClient:
         if published.fingerprint != self._fingerprint:
             ours = self.config.source or "the defaults"
             raise ConfigError(
-                f"the daemon of cache.dir {self._layout.root} runs with {published.source or 'the defaults'}, this process "
-                f"with {ours}, and their mounts differ: stop it (orchestra daemon stop) or use another cache.dir"
+                f"the daemon of cache.dir {self._layout.root} runs with {published.source or 'the defaults'}, this "
+                f"process with {ours}, and their mounts differ: stop it (orchestra daemon stop) or use another cache.dir"
             )
         return published
 
@@ -350,6 +351,8 @@ class NodeClient:
                 self._ring = None
 
     def _access_ring(self) -> AccessRing:
+        if self._pid != os.getpid():
+            self._after_fork()
         ring = self._ring
         if ring is None:
             with self._ring_lock:
@@ -370,6 +373,14 @@ class NodeClient:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["config"])  # type: ignore[misc]
+
+
+def _located(table: MountTable[PublishedMount], path: str) -> Location[PublishedMount] | None:
+    """Where the normalized path lies; raises the error of a mount that cannot be used."""
+    location = table.locate(path)
+    if location is not None and location.mount.error:
+        raise ConfigError(f"mount {location.mount.path}: {location.mount.error}")
+    return location
 
 
 def _prefix(location: Location[PublishedMount]) -> str:
