@@ -227,6 +227,8 @@ def open_http(uri: StoreUri, options: Mapping[str, str], fetch: FetchConfig, clo
 
 def _authorization(given: Mapping[str, str]) -> str:
     user, token = given.get("user", ""), given.get("bearer_token", "")
+    if not (user + token + given.get("password", "")).isprintable():
+        raise ConfigError("http: option user, password or bearer_token holds a line break: remove it")
     if user and token:
         raise ConfigError("http: options user and bearer_token exclude each other: keep one")
     if token:

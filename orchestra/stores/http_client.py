@@ -37,6 +37,7 @@ DOCUMENT_BYTES_MAX = 16 * MIB
 # more would be a download per block.
 WHOLE_BODY_BYTES_MAX = 16 * MIB
 REDIRECTS_MAX = 3
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"\Z')
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\s*\Z")
 
 
@@ -148,7 +149,7 @@ class HttpClient:
                 now = version_of_headers(response.headers, size_bytes)
                 if now != version:
                     raise changed(operation, was=version, now=now)
-                self._is_plain = response.status == 206
+                self._is_plain = response.status == 206 and "Content-Length" in response.headers
                 data = await _read_at_most(response, skip + byte_range.length, operation, cut=response.status == 200)
         except OrchestraError:
             raise
@@ -265,8 +266,11 @@ def version_of_headers(headers: Mapping[str, str], size_bytes: int) -> str:
 
 
 def is_strong_etag(version: str) -> bool:
-    """Return whether If-Match may carry it: a weak ETag (W/) never matches there (RFC 9110, 13.1.1)."""
-    return len(version) >= 2 and version[0] == version[-1] == '"'
+    """Return whether If-Match may carry it: a weak ETag (W/) never matches there (RFC 9110, 13.1.1).
+
+    Only what RFC 9110 allows in one, so that no ETag of a listing can add a header of its own to a request.
+    """
+    return _STRONG_ETAG.match(version) is not None
 
 
 def http_date(mtime_ns: int) -> str:

@@ -1,8 +1,8 @@
-"""S3, GCS and Azure through obstore's native functions: the hot path.
+"""S3, GCS and Azure through obstore's native functions.
 
-Owns: one conditional ranged GET and one HEAD in terms of obstore, and what obstore's errors mean. Leaves to others:
-building the client (registry.py, object_clients.py), LIST of S3 and odd keys (s3_wire.py), retry and limit (wrappers;
-obstore's own are off).
+Owns: HEAD, conditional ranged GET and LIST in terms of obstore, and what obstore's errors mean. Leaves to others:
+building the client (object_clients.py), reads, LIST and odd keys of S3 (s3_wire.py, wherever our own client can sign),
+retry and limit (wrappers; obstore's own are off).
 
 obstore hangs in a process forked after its first use: it lives in the node daemon, which never forks after start.
 """
@@ -41,7 +41,7 @@ _OBSTORE_ERRORS = (BaseError, OSError, ValueError, NotImplementedError)
 
 
 class Wire(Protocol):
-    """The requests that obstore cannot make (s3_wire.S3Wire)."""
+    """The requests that obstore cannot make, or makes at a higher price (s3_wire.S3Wire)."""
 
     async def head(self, key: str) -> ObjectInfo: ...
 
@@ -57,9 +57,9 @@ class Wire(Protocol):
 class ObjectStoreStore:
     """One bucket or container below `root` ("" or ending with "/").
 
-    With a `wire`, listings stream one page a request and every key works. Without one (GCS, Azure, S3 with credentials
-    that only obstore can find) a listing arrives whole, and a directory that holds a key which obstore cannot name
-    ("a//b", "..") raises StoreError.
+    With a `wire`, it reads and lists: listings stream one page a request, and every key works. Without one (GCS,
+    Azure, S3 with credentials that only obstore can find) a listing arrives whole, and a directory that holds a key
+    which obstore cannot name ("a//b", "..") raises StoreError.
     """
 
     def __init__(self, client: ObjectStore, *, store_id: str, label: str, root: str, wire: Wire | None = None) -> None:
@@ -68,8 +68,7 @@ class ObjectStoreStore:
         self._label = label
         self._root = root
         self._wire = wire
-        # obstore hides headers: after an answer that it cannot explain (503 without its Retry-After, 200 for a range)
-        # the next try goes over the wire, which reads them.
+        # obstore hides headers: after a HEAD that was throttled the next goes over the wire, which reads Retry-After.
         self._ask_wire = False
 
     @property
@@ -184,7 +183,7 @@ class ObjectStoreStore:
 
     def _translated(self, error: Exception, operation: Operation) -> OrchestraError:
         failure = translated(error, operation)
-        if isinstance(failure, ThrottledError) or "NotPartial" in str(error):
+        if isinstance(failure, ThrottledError):
             self._ask_wire = True
         return failure
 

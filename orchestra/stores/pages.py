@@ -17,6 +17,9 @@ from orchestra.values import ObjectInfo
 
 # What S3 returns for one LIST; listings that arrive whole are cut into pages of the same size.
 PAGE_KEYS_MAX = 1000
+# A million names are a thousand LISTs behind one call; at half a second each that is 500 s, where the attempt's time
+# is 30 s by default.
+WHOLE_LISTING_PATIENCE = 20.0
 
 Token = TypeVar("Token")
 
@@ -25,14 +28,18 @@ class PagedListing(Generic[Token]):
     """Yields pages until `fetch_page` returns no further token.
 
     `fetch_page(token)` gets None for the first page. When it raises, the token is kept: the next `__anext__` asks for
-    the same page again. `close` is called once, at the end or by `aclose`.
+    the same page again. `close` is called once, at the end or by `aclose`. `patience` says how many times the usual
+    time one call of `fetch_page` may take.
     """
 
     def __init__(
         self,
         fetch_page: Callable[[Token | None], Awaitable[tuple[ListPage, Token | None]]],
         close: Callable[[], None] = lambda: None,
+        *,
+        patience: float = 1.0,
     ) -> None:
+        self.patience = patience
         self._fetch_page = fetch_page
         self._close = close
         self._token: Token | None = None
@@ -90,6 +97,13 @@ def is_resumable(pages: AsyncIterator[ListPage]) -> bool:
     return isinstance(pages, PagedListing)
 
 
+def patience_for(pages: AsyncIterator[ListPage]) -> float:
+    """Return how many times the usual time one page of this listing may take, under any number of wrappers."""
+    while isinstance(pages, PagesThrough):
+        pages = pages.pages
+    return pages.patience if isinstance(pages, PagedListing) else 1.0
+
+
 def cut_into_pages(objects: Iterable[ObjectInfo], prefixes: Iterable[str]) -> list[ListPage]:
     """Return pages of at most PAGE_KEYS_MAX names for a listing that arrived whole; one empty page for nothing."""
     files, folders = list(objects), list(prefixes)
@@ -111,4 +125,4 @@ def listing_that_arrives_whole(fetch: Callable[[], Awaitable[list[ListPage]]]) -
         page, pages[at] = pages[at], ListPage((), ())  # a page is handed over, not kept twice
         return page, at + 1 if at + 1 < len(pages) else None
 
-    return PagedListing(fetch_page)
+    return PagedListing(fetch_page, patience=WHOLE_LISTING_PATIENCE)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError, StoreUnavailableError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
-from orchestra.stores.pages import close_pages, is_resumable
+from orchestra.stores.pages import close_pages, is_resumable, patience_for
 from orchestra.units import format_duration
 from orchestra.values import ByteRange, ObjectInfo
 
@@ -74,12 +74,14 @@ class RetryStore:
         """Return the wrapped store's counts with the retries."""
         return dataclasses.replace(statistics_of(self._inner), retries=self._retries)
 
-    async def _persist(self, request: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _persist(self, request: Callable[[], Awaitable[Answer]], *, patience: float = 1.0) -> Answer:
+        """Call until it answers; `patience` is how many times the usual deadline it may take."""
         started_ns = self._clock.now_ns()
+        deadline_s = self._policy.deadline_s * patience
         tries = 0
         last: StoreUnavailableError | None = None
         while True:
-            left_s = self._policy.deadline_s - (self._clock.now_ns() - started_ns) / 1e9
+            left_s = deadline_s - (self._clock.now_ns() - started_ns) / 1e9
             bound = asyncio.timeout(max(0.0, left_s))
             try:
                 async with bound:
@@ -88,26 +90,28 @@ class RetryStore:
                 if not bound.expired():
                     raise
                 message = last.message if last else f"cannot reach {self._inner.store_id}: no answer"
-                raise self._gave_up(message, tries + 1, started_ns) from (last or error)
+                raise self._gave_up(message, tries + 1, started_ns, deadline_s) from (last or error)
             except StoreUnavailableError as error:
                 last = error
             tries += 1
-            await self._wait_for_next_try(last, tries, started_ns)
+            await self._wait_for_next_try(last, tries, started_ns, deadline_s)
 
-    async def _wait_for_next_try(self, error: StoreUnavailableError, tries: int, started_ns: int) -> None:
+    async def _wait_for_next_try(
+        self, error: StoreUnavailableError, tries: int, started_ns: int, deadline_s: float
+    ) -> None:
         wait_s = backoff_s(self._policy, tries, self._chance())
         if error.retry_after_s is not None:
             wait_s = max(wait_s, error.retry_after_s)
         passed_s = (self._clock.now_ns() - started_ns) / 1e9
-        if passed_s + wait_s >= self._policy.deadline_s:
-            raise self._gave_up(error.message, tries, started_ns) from error
+        if passed_s + wait_s >= deadline_s:
+            raise self._gave_up(error.message, tries, started_ns, deadline_s) from error
         self._retries += 1
         await self._sleep(wait_s)
 
-    def _gave_up(self, message: str, tries: int, started_ns: int) -> StoreUnavailableError:
+    def _gave_up(self, message: str, tries: int, started_ns: int, deadline_s: float) -> StoreUnavailableError:
         passed = format_duration((self._clock.now_ns() - started_ns) / 1e9)
         times = "1 try" if tries == 1 else f"{tries} tries"
-        deadline = format_duration(self._policy.deadline_s)
+        deadline = format_duration(deadline_s)
         return StoreUnavailableError(f"{message} (gave up after {times} in {passed}; fetch.deadline is {deadline})")
 
     async def head(self, key: str) -> ObjectInfo:
@@ -127,6 +131,10 @@ class RetryStore:
         await self._inner.close()
 
 
+class _Persist(Protocol):
+    async def __call__(self, request: Callable[[], Awaitable[ListPage]], *, patience: float) -> ListPage: ...
+
+
 class _PersistentPages:
     """Asks again for the page that failed; a listing that cannot resume is begun anew only before its first page.
 
@@ -136,7 +144,7 @@ class _PersistentPages:
     def __init__(
         self,
         start: Callable[[], AsyncIterator[ListPage]],
-        persist: Callable[[Callable[[], Awaitable[ListPage]]], Awaitable[ListPage]],
+        persist: _Persist,
     ) -> None:
         self._start = start
         self._persist = persist
@@ -147,7 +155,10 @@ class _PersistentPages:
         return self
 
     async def __anext__(self) -> ListPage:
-        page = await self._persist(self._attempt)
+        if self._pages is None and not self._pages_seen:
+            self._pages = self._start()
+        patience = 1.0 if self._pages is None else patience_for(self._pages)
+        page = await self._persist(self._attempt, patience=patience)
         self._pages_seen += 1
         return page
 

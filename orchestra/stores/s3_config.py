@@ -114,6 +114,9 @@ def _credentials(given: Mapping[str, str], environment: Mapping[str, str]) -> Cr
     if bool(key) != bool(secret):
         missing = "secret (secret_access_key)" if key else "key (access_key_id)"
         raise ConfigError(f"s3: option {missing} is missing: give both key and secret, or neither")
+    for text in (key, secret, given.get("session_token", "")):
+        if not text.isprintable() or text != text.strip():
+            raise ConfigError("s3: option key, secret or token holds a space or line break at an end: remove it")
     if key:
         # The environment's session token belongs to the environment's key and would spoil this one.
         return Credentials(key, secret, given.get("session_token", ""))

@@ -1,11 +1,11 @@
-"""The S3 requests that obstore cannot make: LIST page by page, and keys that it cannot name.
+"""The S3 requests that obstore cannot make: LIST page by page, keys that it cannot name, and reads at less cost.
 
-Owns: ListObjectsV2, and HEAD and GET of any key, signed by sigv4.py. Leaves to others: everything else of S3
-(object_store.py), retries.
+Owns: ListObjectsV2, and HEAD and GET of any key, signed by sigv4.py. Leaves to others: when they are used
+(object_store.py), connections (http_client.py, range_client.py), retries.
 
 Why it exists, measured with obstore 0.12: its delimiter listing returns only when the last page has come (100,000 keys
 are 100 requests and one list of 100,000 dicts); one key such as "a//b" or "../x" fails the listing of its directory;
-and its errors leave out Retry-After.
+and its errors leave out Retry-After. Its reads cost more beside a loop that writes files: docs/decisions/0002.
 """
 
 from __future__ import annotations

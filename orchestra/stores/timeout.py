@@ -14,7 +14,7 @@ from typing import TypeVar
 from orchestra.errors import StoreUnavailableError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
-from orchestra.stores.pages import PagesThrough
+from orchestra.stores.pages import PagesThrough, patience_for
 from orchestra.units import KIB
 from orchestra.values import ByteRange, ObjectInfo
 
@@ -57,7 +57,8 @@ class TimeoutStore:
 
     def list_directory(self, prefix: str) -> AsyncIterator[ListPage]:
         pages = self._inner.list_directory(prefix)
-        return PagesThrough(pages, lambda request: self._bounded(f"list {prefix!r}", self._attempt_timeout_s, request))
+        limit_s = self._attempt_timeout_s * patience_for(pages)
+        return PagesThrough(pages, lambda request: self._bounded(f"list {prefix!r}", limit_s, request))
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         limit_s = self._attempt_timeout_s + byte_range.length / FLOOR_BYTES_PER_S
