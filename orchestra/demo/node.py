@@ -17,8 +17,7 @@ from pathlib import Path
 
 from orchestra.client.process import daemon_status
 from orchestra.config import load_config
-from orchestra.demo.bucket import ACCESS_KEY, SECRET_KEY
-from orchestra.demo.store_server import BUCKET, REGION
+from orchestra.demo.bucket import BUCKET
 from orchestra.errors import MountError, OrchestraError
 
 MOUNT_PATH = "/demo"
@@ -27,31 +26,26 @@ _COMMAND_TIMEOUT_S = 60.0
 _CACHE_SIZE = "1GiB"
 
 
-def demo_environment(folder: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+def demo_environment(folder: Path, store: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of every process of the demo.
 
-    Without the user's ORCHESTRA_* settings, without proxies between us and loopback, with secrets where the
-    configuration's ${...} finds them, and with logs and state below `folder`.
+    Without the user's ORCHESTRA_* settings, without proxies between us and loopback, with the store's credentials where
+    the configuration's ${...} finds them, and with logs and state below `folder`.
     """
     kept = {name: value for name, value in inherited.items() if not name.startswith("ORCHESTRA_")}
     return kept | {
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
         "XDG_STATE_HOME": str(folder / "state"),
-        "DEMO_ACCESS_KEY": ACCESS_KEY,
-        "DEMO_SECRET_KEY": SECRET_KEY,
+        "DEMO_ACCESS_KEY": store["key"],
+        "DEMO_SECRET_KEY": store["secret"],
         "ORCHESTRA_CONFIG": str(folder / "orchestra.toml"),
     }
 
 
-def config_text(folder: Path, endpoint_url: str) -> str:
-    """Return the demo's orchestra.toml."""
-    options = {
-        "endpoint_url": endpoint_url,
-        "key": "${DEMO_ACCESS_KEY}",
-        "secret": "${DEMO_SECRET_KEY}",
-        "region": REGION,
-    }
+def config_text(folder: Path, store: Mapping[str, str]) -> str:
+    """Return the demo's orchestra.toml for a bucket with those mount options."""
+    options = {**store, "key": "${DEMO_ACCESS_KEY}", "secret": "${DEMO_SECRET_KEY}"}
     table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in options.items())
     return f"""\
 [cache]
@@ -128,10 +122,11 @@ class Node:
 
 
 @contextmanager
-def running_node(folder: Path, environment: dict[str, str], endpoint_url: str) -> Iterator[Node]:
-    """Configure a node in `folder` and run its daemon for as long as the block runs; nothing is mounted afterwards."""
-    (folder / "orchestra.toml").write_text(config_text(folder, endpoint_url))
-    node = Node(folder, environment)
+def running_node(folder: Path, store: Mapping[str, str]) -> Iterator[Node]:
+    """Configure a node in `folder` for that bucket, run its daemon for as long as the block runs; afterwards nothing is
+    mounted."""
+    (folder / "orchestra.toml").write_text(config_text(folder, store))
+    node = Node(folder, demo_environment(folder, store, os.environ))
     try:
         node.run("daemon", "start")
         yield node

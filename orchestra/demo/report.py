@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestra.demo.bucket import StoreRequest
 from orchestra.demo.training import EpochFigures
+from orchestra.testing.s3_server import StoreRequest
 from orchestra.units import format_size
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from orchestra.clock import Clock, SystemClock
 from orchestra.demo import dataset, verify
 from orchestra.demo.bucket import Bucket, running_bucket
-from orchestra.demo.node import MOUNT_PATH, Node, demo_environment, running_node
+from orchestra.demo.node import MOUNT_PATH, Node, running_node
 from orchestra.demo.report import DemoReport, Epoch, count_requests, epoch_line, make_epoch
 from orchestra.demo.training import FOLDER_EXAMPLE, FSSPEC_EXAMPLE, example_path, train
 from orchestra.errors import OrchestraError
@@ -36,10 +36,9 @@ def run_demo(face: str, *, keep: bool, say: Say) -> DemoReport:
     with ExitStack() as stack:
         stack.enter_context(_interrupted_once())
         folder = stack.enter_context(_temporary_folder(keep, say))
-        environment = demo_environment(folder, os.environ)
-        bucket = stack.enter_context(running_bucket(folder / "store.log", environment))
+        bucket = stack.enter_context(running_bucket())
         data_bytes = _introduce(bucket, say)
-        node = stack.enter_context(running_node(folder, environment, bucket.endpoint_url))
+        node = stack.enter_context(running_node(folder, bucket.options))
         stack.callback(_ignore_signals)  # runs before what is above is taken down
         face = _attach(node, face, say)
         epochs, accuracy = _train(node, bucket, face, data_bytes, say, clock)
@@ -89,7 +88,7 @@ def _introduce(bucket: Bucket, say: Say) -> int:
     sizes = bucket.sizes()
     pictures = [size for key, size in sizes.items() if key.startswith(f"{dataset.DIGITS_FOLDER}/")]
     big = format_size(sizes[dataset.BIG_KEY])
-    say(f"an S3 server at {bucket.endpoint_url} holds {len(pictures)} pictures and one object of {big}")
+    say(f"an S3 server at {bucket.options['endpoint_url']} holds {len(pictures)} pictures and one object of {big}")
     return sum(pictures)
 
 

@@ -1,7 +1,7 @@
 """A real S3 server (moto) on loopback in a process of its own, for tests and the demo.
 
-Owns: starting it, filling buckets, stopping it. The process holds a pipe to its parent and ends when that closes, so a
-parent that is killed leaves nothing behind. Needs the extra `demo` (moto).
+Owns: starting it, filling buckets, what reached it, stopping it. The process holds a pipe to its parent and ends when
+that closes, so a parent that is killed leaves nothing behind. Needs the extra `demo` (moto).
 
     with S3Server() as server:
         server.create_bucket("data")
@@ -17,12 +17,28 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import IO, Any
+
+from orchestra.clock import SystemClock
+from orchestra.testing.request_log import CountingApplication
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 ACCESS_KEY, SECRET_KEY, REGION = "orchestra-test", "orchestra-test-secret", "us-east-1"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRequest:
+    """One request that reached the server, at `Clock.now_ns`; `body_bytes` were answered, heads not counted."""
+
+    came_ns: int
+    method: str
+    path: str
+    query: str
+    body_bytes: int
 
 
 class S3Server:
@@ -34,6 +50,7 @@ class S3Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is for the parent, which may need the server to end in order
         )
         try:
             self.port: int = self._answer()["port"]
@@ -77,6 +94,10 @@ class S3Server:
         """Delete one object."""
         self._ask({"do": "delete", "bucket": bucket, "key": key})
 
+    def requests(self, after: int = 0) -> list[StoreRequest]:
+        """Return the requests that reached the server, from number `after` on, in the order in which they came."""
+        return [StoreRequest(**record) for record in self._ask({"do": "requests", "after": after})["requests"]]
+
     def stop(self) -> None:
         """End the process and wait for it. Idempotent."""
         process = self._process
@@ -119,22 +140,32 @@ def main() -> None:
     """Serve S3 and carry out the parent's commands, one JSON document a line, until its end of the pipe closes."""
     parser = argparse.ArgumentParser(description="an S3 server for tests; started by S3Server")
     parser.parse_args()
-    from moto.server import ThreadedMotoServer
+    from moto.moto_server.werkzeug_app import create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Handler(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"  # keeps connections: werkzeug's own default closes each after one answer
+        # Head and body are sent apart: with Nagle's algorithm the second waits 40 ms for the client's delayed ACK.
+        disable_nagle_algorithm = True
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
+    application = CountingApplication(create_backend_app("s3"), SystemClock())
+    server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     answers, sys.stdout = sys.stdout, sys.stderr  # moto may print; answers go to the parent alone
-    _say(answers, {"port": port})
+    _say(answers, {"port": server.server_port})
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            answer = _DO[command["do"]](command)
+            answer: dict[str, Any]
+            if command["do"] == "requests":
+                answer = {"requests": application.records[command["after"] :]}
+            else:
+                answer = _DO[command["do"]](command)
         except Exception as error:  # noqa: BLE001 - the process's outermost frame: told to the parent, which raises it
             answer = {"error": f"{type(error).__name__}: {error}"}
         _say(answers, answer)
-    server.stop()
+    server.shutdown()
 
 
 def _say(answers: IO[str], answer: dict[str, Any]) -> None:

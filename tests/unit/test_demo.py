@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from orchestra.demo import dataset
-from orchestra.demo.bucket import StoreRequest
 from orchestra.demo.node import config_text, demo_environment
 from orchestra.demo.report import DemoReport, Epoch, broken_promise, count_requests, make_epoch
 from orchestra.demo.training import FOLDER_EXAMPLE, FSSPEC_EXAMPLE, EpochFigures, example_path, parse_line
 from orchestra.demo.verify import compare, digest_of, folder_digests
 from orchestra.errors import OrchestraError
+from orchestra.testing.s3_server import StoreRequest
 
+STORE = {"endpoint_url": "http://127.0.0.1:1", "key": "a-key", "secret": "a-secret", "region": "us-east-1"}
 FIGURES = EpochFigures(time_s=2.0, images_per_s=900.0, data_wait_fraction=0.25, accuracy=0.9, ended_ns=2_500_000_000)
 
 
@@ -132,7 +133,7 @@ def test_the_big_object_has_more_than_three_blocks_and_no_two_alike() -> None:
 
 def test_the_environment_of_the_demo_is_its_own(tmp_path: Path) -> None:
     """The user's orchestra settings do not reach the demo's processes; the rest of the environment does."""
-    environment = demo_environment(tmp_path, {"ORCHESTRA_CACHE_SIZE": "1KiB", "HOME": "/home/me"})
+    environment = demo_environment(tmp_path, STORE, {"ORCHESTRA_CACHE_SIZE": "1KiB", "HOME": "/home/me"})
     assert "ORCHESTRA_CACHE_SIZE" not in environment
     assert environment["HOME"] == "/home/me"
     assert environment["ORCHESTRA_CONFIG"] == str(tmp_path / "orchestra.toml")
@@ -140,7 +141,7 @@ def test_the_environment_of_the_demo_is_its_own(tmp_path: Path) -> None:
 
 def test_the_configuration_of_the_demo_holds_no_secret(tmp_path: Path) -> None:
     """Credentials stand in the environment; the file names the variables."""
-    text = config_text(tmp_path, "http://127.0.0.1:1")
-    secret = demo_environment(tmp_path, {})["DEMO_SECRET_KEY"]
-    assert secret not in text
-    assert "${DEMO_SECRET_KEY}" in text
+    text = config_text(tmp_path, STORE)
+    assert STORE["secret"] not in text
+    assert STORE["key"] not in text
+    assert STORE["secret"] in demo_environment(tmp_path, STORE, {}).values()
