@@ -9,6 +9,7 @@ import functools
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from html import escape
@@ -56,10 +57,16 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that hangs up is none
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # passed on as it came
+
+
 @contextlib.contextmanager
 def plain_server(folder: Path) -> Iterator[str]:
     """Serve `folder` by Python's http.server in a thread; yields its URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    server = _Server(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

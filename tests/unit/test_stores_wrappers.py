@@ -195,6 +195,16 @@ async def test_a_long_read_is_given_more_time() -> None:
     assert delay.fired == 1
 
 
+async def test_a_listing_that_arrives_whole_is_given_its_time() -> None:
+    """A page that hides many LIST requests may take longer than one request, and longer than one call's deadline."""
+    waits, faulty = Waits(), FaultStore(ScriptedStore())
+    delay = faulty.inject(Delay(0.05), on="list")
+    store = retrying(TimeoutStore(faulty, attempt_timeout_s=0.01), waits, deadline_s=0.02)
+    assert len([page async for page in store.list_directory("")]) == 2
+    assert delay.fired == 1
+    assert waits.slept_s == []
+
+
 # limit
 
 
