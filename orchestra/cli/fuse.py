@@ -16,8 +16,8 @@ from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
 from orchestra.errors import MountError, OrchestraError, UsageError
 from orchestra.fuse import background, mount, registry
-from orchestra.fuse.options import DRAIN_S, Mode, MountOptions
-from orchestra.units import parse_duration_s
+from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, Mode, MountOptions
+from orchestra.units import KIB, parse_duration_s, parse_size_bytes
 
 # After unmounting the process has a moment's work; beyond this something holds it, and the user may as well know.
 _ENDED_WITHIN_S = DRAIN_S + 5.0
@@ -29,6 +29,16 @@ class _Duration(click.ParamType[float]):
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             return parse_duration_s(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -62,6 +72,7 @@ def fuse_group() -> None:
 @click.option("--gid", type=click.IntRange(0, 2**32 - 2), default=None, help="Group of all files.  [default: yours]")
 @click.option("--umask", type=_Octal(), default=0, help="Permissions to take away from 0555 and 0444.")
 @click.option("--attr-timeout", type=_Duration(), help="How long the kernel may keep names; default: freshness.")
+@click.option("--read-ahead", type=_Size(), help="How far the kernel reads ahead (root only).  [default: 2MiB]")
 @click.option("--ready-fd", type=int, hidden=True)
 @pass_session
 def mount_command(
@@ -75,6 +86,7 @@ def mount_command(
     gid: int | None,
     umask: int,
     attr_timeout: float | None,
+    read_ahead: int | None,
     ready_fd: int | None,
 ) -> None:
     """Show the namespace, or PATH of it, as FOLDER.
@@ -91,7 +103,10 @@ def mount_command(
         umask=umask,
         allow_other=allow_other,
         attr_timeout_s=attr_timeout,
+        read_ahead_kib=READ_AHEAD_KIB if read_ahead is None else read_ahead // KIB,
         cache_dir=session.config.cache.dir,
+        # With autostart a miss starts the daemon itself, and what keeps it from starting will not go by itself.
+        daemon_wait_s=0.0 if session.config.daemon.autostart else session.config.daemon.wait_s,
     )
     if foreground or ready_fd is not None:
         _serve(session, folder, options, ready_fd)
@@ -127,6 +142,7 @@ def _foreground_command(session: Session, target: str, options: MountOptions, re
         command.append("--allow-other")
     if options.attr_timeout_s is not None:
         command += ["--attr-timeout", repr(options.attr_timeout_s)]
+    command += ["--read-ahead", f"{options.read_ahead_kib}KiB"]
     return [*command, "--", options.root, target]
 
 

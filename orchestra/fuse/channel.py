@@ -13,14 +13,21 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
-from orchestra.errors import OrchestraError, errno_of
+from orchestra.clock import Clock, SystemClock
+from orchestra.errors import DaemonUnavailableError, OrchestraError, errno_of
 from orchestra.fuse.counters import Counters
-from orchestra.fuse.options import ASIDE_MAX, BACKLOG_MAX
+from orchestra.fuse.options import ASIDE_MAX, BACKLOG_MAX, DAEMON_RETRY_S
 from orchestra.fuse.protocol import error_reply
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+# Answers that say something about the name or the file; everything else is news about the system, and is logged.
+_ORDINARY = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.ENAMETOOLONG, errno.EROFS, errno.ENODATA}
+)
 # A complete message for the device.
 Message = bytes | bytearray | memoryview
 # What takes back the effects (a counted look-up, a counted open) of an answer that the kernel never got.
@@ -36,9 +43,23 @@ class Channel:
     the answer to a request only on the descriptor that read it.
     """
 
-    def __init__(self, device_fd: int, counters: Counters, *, threads_max: int) -> None:
+    def __init__(
+        self,
+        device_fd: int,
+        counters: Counters,
+        *,
+        threads_max: int,
+        daemon_wait_s: float = 0.0,
+        clock: Clock | None = None,
+        retry_s: float = DAEMON_RETRY_S,
+    ) -> None:
         self.device_fd = device_fd
         self.counters = counters
+        self._daemon_wait_ns = int(daemon_wait_s * 1e9)
+        self._clock = clock or SystemClock()
+        self._retry_s = retry_s
+        self._closed = threading.Event()
+        self._last_logged = ""
         self._pending: dict[int, None] = {}
         self._queue: queue.SimpleQueue[tuple[int, Work] | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(threads_max + BACKLOG_MAX)
@@ -85,8 +106,12 @@ class Channel:
         if not isinstance(error, (OrchestraError, OSError)):
             self.counters.errors_unforeseen += 1
             log.error("a request failed for a reason nobody foresaw and was answered EIO", exc_info=error)
-        elif code == errno.EIO:
-            log.warning("a request was answered EIO: %s", error)
+        elif code not in _ORDINARY:
+            self.counters.failed += 1
+            text = str(error)
+            if text != self._last_logged:  # a thousand readers of one broken thing are one line
+                self._last_logged = text
+                log.warning("answered %s: %s", errno.errorcode.get(code, code), text)
         return code
 
     def send_or_undo(self, message: Message, undo: Undo | None) -> None:
@@ -104,6 +129,22 @@ class Channel:
         self._pending[unique] = None
         self.counters.waited += 1
         self._hand_over(unique, work)
+
+    def patiently(self, unique: int, call: Callable[[], _T]) -> _T:
+        """Return what `call` returns, trying again while there is no daemon; on a worker only.
+
+        Gives up, with the client's error, after the session's `daemon_wait_s`, when the request was interrupted
+        meanwhile, or when the session ends.
+        """
+        deadline_ns = self._clock.now_ns() + self._daemon_wait_ns
+        while True:
+            try:
+                return call()
+            except DaemonUnavailableError:
+                if self._clock.now_ns() >= deadline_ns or unique not in self._pending:
+                    raise
+                if self._closed.wait(self._retry_s):
+                    raise
 
     def run_aside(self, work: Callable[[], object]) -> None:
         """Have a thread of its own run `work`, which answers nothing; forgotten when ASIDE_MAX are waiting.
@@ -133,6 +174,7 @@ class Channel:
 
     def close(self) -> None:
         """Let the threads end when their present work is done. Does not wait for them: they may wait for a store."""
+        self._closed.set()
         for _ in self._threads:
             self._queue.put(None)
         self._aside_queue.put(None)

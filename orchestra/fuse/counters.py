@@ -15,6 +15,7 @@ class Counters:
         "backing_refused",
         "entries_expired",
         "errors_unforeseen",
+        "failed",
         "interrupted",
         "names_hidden",
         "reads_cached",
@@ -37,6 +38,7 @@ class Counters:
         self.names_hidden = 0  # times that a name which no path can spell was left out
         self.entries_expired = 0  # notifications sent after a stale read
         self.errors_unforeseen = 0  # EIO from a defect of ours, with a traceback in the log
+        self.failed = 0  # requests that the client could not serve: store, credentials, daemon; the log says why
         self.stale = 0  # reads of objects that changed under an open file
 
     def snapshot(self) -> dict[str, int]:

@@ -18,8 +18,8 @@ from functools import partial
 from orchestra.client.contract import Client, DirectoryView
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable, inode_number_of
-from orchestra.fuse.names import Attributes
-from orchestra.fuse.options import NAME_BYTES_MAX
+from orchestra.fuse.names import FOREVER, Attributes
+from orchestra.fuse.options import LISTINGS_MAX, NAME_BYTES_MAX, PRIMED_ENTRIES_MAX, PRIMED_INODES_MAX
 from orchestra.fuse.protocol import (
     BODY,
     DIRENT,
@@ -96,7 +96,8 @@ class Directories:
         self._channel.send_or_undo(*self._opened(unique, inode, view))
 
     def _list(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
-        return self._opened(unique, inode, self._client.list(inode.entry.path))
+        view = self._channel.patiently(unique, lambda: self._client.list(inode.entry.path))
+        return self._opened(unique, inode, view)
 
     def _opened(self, unique: int, inode: Inode, view: DirectoryView) -> tuple[Message, Undo]:
         with self._lock:
@@ -115,7 +116,15 @@ class Directories:
             return 0
         copy = self._copies[inode.nodeid] = _KernelCopy(view)
         copy.opens = 1
+        if len(self._copies) > LISTINGS_MAX:
+            self._drop_a_copy()
         return _CACHE
+
+    def _drop_a_copy(self) -> None:
+        """Forget the oldest listing of a directory that nobody has open; the kernel's copy is then made anew."""
+        idle = next((nodeid for nodeid, copy in self._copies.items() if not copy.opens), None)
+        if idle is not None:
+            del self._copies[idle]
 
     def releasedir(self, unique: int, nodeid: int, end: int) -> None:
         """RELEASEDIR."""
@@ -134,7 +143,8 @@ class Directories:
 
     def forgotten(self, nodeid: int) -> None:
         """Drop what is held for a directory that the kernel has forgotten."""
-        self._copies.pop(nodeid, None)
+        with self._lock:
+            self._copies.pop(nodeid, None)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -157,7 +167,8 @@ class Directories:
         self._channel.send(memoryview(buffer)[:position])
 
     def readdirplus(self, unique: int, nodeid: int, end: int) -> None:
-        """READDIRPLUS: the same with attributes; counts a look-up for every name but the dots."""
+        """READDIRPLUS: the same with attributes, which count a look-up for every name but the dots; or, where nobody
+        seems to want them, with names only (number 0: the kernel takes nothing but the name)."""
         fh, offset, size = READ_IN.unpack_from(self._incoming, BODY)
         directory = self._open.get(fh)
         if directory is None:
@@ -170,27 +181,42 @@ class Directories:
             if room < 0:
                 break
             taken.append(item)
-        self._send_plus(unique, directory.inode, taken)
+        dots = sum(next_offset <= _DOTS for next_offset, _, _ in taken)
+        primed: list[Inode] = []
+        if self._is_worth_priming(directory):
+            primed = self._table.remember_all([entry for _, _, entry in taken[dots:]])
+        message = self._pack_plus(unique, directory.inode, taken, dots, primed)
+        if not self._channel.send(message):
+            for inode in primed:
+                self._table.forget(inode.nodeid, 1)
 
-    def _send_plus(self, unique: int, inode: Inode, taken: list[tuple[int, bytes, Entry]]) -> None:
-        first = next((i for i, item in enumerate(taken) if item[0] > _DOTS), len(taken))
-        remembered = self._table.remember_all([entry for _, _, entry in taken[first:]])
-        buffer = bytearray(HEAD)
+    def _is_worth_priming(self, directory: _OpenDirectory) -> bool:
+        was_searched, directory.inode.is_searched = directory.inode.is_searched, False
+        if len(self._table) >= PRIMED_INODES_MAX:
+            return False
+        return was_searched or len(directory.view) <= PRIMED_ENTRIES_MAX
+
+    def _pack_plus(
+        self, unique: int, directory: Inode, taken: list[tuple[int, bytes, Entry]], dots: int, primed: list[Inode]
+    ) -> bytearray:
         attributes = self._attributes
-        # Children of one directory may lie in other mounts, so the timeout is asked for each.
-        for index, (next_offset, name, entry) in enumerate(taken):
-            start = len(buffer)
-            buffer += bytes((ENTRY.size + DIRENT.size + len(name) + 7) & ~7)
-            child = remembered[index - first].nodeid if index >= first else 0  # 0: no look-up is counted
-            attr = attributes.attr(entry)
-            entry_s, entry_ns = attributes.entry_timeout(entry.path)
-            attr_s, attr_ns = attributes.attr_timeout(entry)
-            ENTRY.pack_into(buffer, start, child, 0, entry_s, attr_s, entry_ns, attr_ns, *attr)
-            _pack_name(buffer, start + ENTRY.size, next_offset, name, entry, attr[0])
+        # A file has its directory's freshness; a directory may be the root of another mount, and is asked about.
+        of_files = attributes.entry_timeout(directory.entry.path)
+        buffer = bytearray(HEAD + sum((ENTRY.size + DIRENT.size + len(name) + 7) & ~7 for _, name, _ in taken))
+        start = HEAD
+        for index, (next_offset, name, entry) in enumerate(taken, -dots):
+            if primed and index >= 0:
+                attr = attributes.attr(entry)
+                timeout = attributes.entry_timeout(entry.path) if entry.is_directory else of_files
+                attr_s, attr_ns = timeout if entry.is_directory else FOREVER
+                ENTRY.pack_into(buffer, start, primed[index].nodeid, 0, timeout[0], attr_s, timeout[1], attr_ns, *attr)
+                ino = attr[0]
+            else:
+                ino = self._number_of(entry)
+            _pack_name(buffer, start + ENTRY.size, next_offset, name, entry, ino)
+            start += (ENTRY.size + DIRENT.size + len(name) + 7) & ~7
         HEADER_OUT.pack_into(buffer, 0, len(buffer), 0, unique)
-        if not self._channel.send(buffer):
-            for known in remembered:
-                self._table.forget(known.nodeid, 1)
+        return buffer
 
     def _entries_from(self, directory: _OpenDirectory, offset: int) -> Iterator[tuple[int, bytes, Entry]]:
         """Yield (offset of the next, name, entry) from `offset`, a bounded number of them."""

@@ -216,7 +216,7 @@ class Files:
         buffer = bytearray(HEAD + size)
         view = memoryview(buffer)
         try:
-            count = file.handle.readinto(offset, view[HEAD:])
+            count = self._channel.patiently(unique, lambda: file.handle.readinto(offset, view[HEAD:]))
         except StaleObjectError:
             self._counters.stale += 1
             self._channel.run_aside(partial(self._on_stale, inode.entry))

@@ -22,9 +22,10 @@ from orchestra.values import Entry
 
 
 class Inode:
-    """One file version or one directory. `lookups` belongs to the table, the open counts to the files module."""
+    """One file version or one directory. `lookups` belongs to the table, the open counts to the files module;
+    `is_searched` says that names of this directory were looked up since it was last listed."""
 
-    __slots__ = ("backing_id", "entry", "lookups", "nodeid", "opens_cached", "opens_passthrough")
+    __slots__ = ("backing_id", "entry", "is_searched", "lookups", "nodeid", "opens_cached", "opens_passthrough")
 
     def __init__(self, nodeid: int, entry: Entry) -> None:
         self.nodeid = nodeid
@@ -33,6 +34,7 @@ class Inode:
         self.opens_cached = 0
         self.opens_passthrough = 0
         self.backing_id = 0
+        self.is_searched = False
 
 
 class InodeTable:

@@ -37,7 +37,7 @@ from orchestra.values import Entry
 VERSION_XATTR = b"user.orchestra.version"
 _BLOCK_SIZE_BYTES = 4096
 # A file's attributes belong to one version and cannot change (see inodes); only the way to them, the name, expires.
-_FOREVER = timeout_of(float("inf"))
+FOREVER = timeout_of(float("inf"))
 
 
 class Attributes:
@@ -64,7 +64,7 @@ class Attributes:
 
     def attr_timeout(self, entry: Entry) -> Timeout:
         """How long the kernel may believe the attributes."""
-        return self.entry_timeout(entry.path) if entry.is_directory else _FOREVER
+        return self.entry_timeout(entry.path) if entry.is_directory else FOREVER
 
     def attr(self, entry: Entry) -> Attr:
         """Return the attributes of `entry`; directories count one link, which tells `find` not to count on links."""
@@ -101,6 +101,7 @@ class Names:
         name = bytes(self._incoming[BODY : end - 1])
         if len(name) > NAME_BYTES_MAX:
             raise NameTooLongError(f"the name {name[:40]!r}... is longer than {NAME_BYTES_MAX} bytes")
+        parent.is_searched = True
         path = child_path(parent.entry.path, os.fsdecode(name))
         if path in self._suspects:
             self._channel.wait(unique, partial(self._look_up, unique, path, refresh=True))
@@ -117,7 +118,7 @@ class Names:
 
     def _look_up(self, unique: int, path: str, *, refresh: bool) -> tuple[Message, Undo | None]:
         try:
-            entry = self._client.stat(path, refresh=refresh)
+            entry = self._channel.patiently(unique, lambda: self._client.stat(path, refresh=refresh))
         except (NotFoundError, NotADirectoryPathError):
             return negative_entry_reply(unique, self._attributes.entry_timeout(path)), None
         finally:
@@ -163,7 +164,7 @@ class Names:
         self._channel.send(self._attr_message(unique, inode.entry))
 
     def _get_attr(self, unique: int, inode: Inode) -> tuple[Message, None]:
-        self._adopt(inode, self._client.stat(inode.entry.path))
+        self._adopt(inode, self._channel.patiently(unique, lambda: self._client.stat(inode.entry.path)))
         return self._attr_message(unique, inode.entry), None
 
     @staticmethod

@@ -46,8 +46,9 @@ def serve(
     """Mount `client` on `folder` and answer the kernel until it is unmounted.
 
     `ready` is called once, from another thread, when the root has answered through the kernel; `on_session` before
-    the first request is read. In the main thread SIGTERM and SIGINT unmount: at once if nothing is open, else the folder is
-    detached and open files are served for DRAIN_S more. Raises MountError, or what the client says about the root.
+    the first request is read. In the main thread SIGTERM and SIGINT unmount: at once if nothing is open, else the
+    folder is detached and open files are served for DRAIN_S more. Raises MountError, or what the client says of the
+    root.
     """
     root = root_entry(client, options.root)
     _check_privilege(options)

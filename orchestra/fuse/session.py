@@ -41,14 +41,14 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[int, int, int], None]  # unique, nodeid, end of the request in the buffer
 
-# ASYNC_READ: read-aheads are asked for at the same time. ASYNC_DIO would do so for the parts of a large direct read, but
-# then the reader sleeps uninterruptibly until the last of them is answered; without it a signal ends the read at once.
+# ASYNC_READ: read-aheads are asked for at the same time. ASYNC_DIO would do so for the parts of a large direct read,
+# but then its reader sleeps uninterruptibly until all are answered; without it a signal ends the read at once.
+# DO_READDIRPLUS without its AUTO: the kernel would guess when attributes are wanted; directories.py knows more.
 # EXPLICIT_INVAL_DATA: an inode is one version, so the kernel need never drop pages because attributes moved.
 # NO_EXPORT_SUPPORT: our numbers die with the session; a file handle made of one must not outlive it.
 _WANTED = (
     InitFlag.ASYNC_READ
     | InitFlag.DO_READDIRPLUS
-    | InitFlag.READDIRPLUS_AUTO
     | InitFlag.PARALLEL_DIROPS
     | InitFlag.MAX_PAGES
     | InitFlag.EXPLICIT_INVAL_DATA
@@ -74,7 +74,9 @@ class Session:
     def __init__(self, device_fd: int, client: Client, root: Entry, options: MountOptions) -> None:
         self.counters = Counters()
         self.table = InodeTable(root)
-        self.channel = Channel(device_fd, self.counters, threads_max=options.threads_max)
+        self.channel = Channel(
+            device_fd, self.counters, threads_max=options.threads_max, daemon_wait_s=options.daemon_wait_s
+        )
         self.refusal: MountError | None = None  # why the handshake failed
         self._device_fd = device_fd
         self._options = options

@@ -98,13 +98,17 @@ def test_mount_answers_when_the_folder_does_and_umount_when_all_has_ended(site: 
 
 def test_a_path_of_the_namespace_can_be_mounted_with_options(site: Site) -> None:
     """Relative folders, a path, owner, umask and mode arrive at the process in the background."""
-    words = ["--uid", "77", "--gid", "78", "--umask", "027", "--mode", "pagecache", "--attr-timeout", "1h", "/data/d"]
+    words = ["--uid", "77", "--gid", "78", "--umask", "027", "--mode", "pagecache", "--attr-timeout", "1h"]
+    words += ["--read-ahead", "3MiB", "/data/d"]
     assert site.run("fuse", "mount", *words, "a target", cwd=site.root).returncode == 0
     status = os.stat(site.target / "file")
     assert (status.st_uid, status.st_gid, oct(status.st_mode)) == (77, 78, oct(0o100440))
     known = site.known()
     assert known is not None
     assert (known["path"], known["mode"]) == ("/data/d", "pagecache")
+    mounted = mount_at(str(site.target))
+    assert mounted is not None
+    assert Path(f"/sys/class/bdi/{mounted.device}/read_ahead_kb").read_text() == "3072\n"
     assert site.run("fuse", "umount", "a target", cwd=site.root).returncode == 0
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from orchestra.errors import NotFoundError
+from orchestra.clock import ManualClock
+from orchestra.errors import DaemonUnavailableError, NotFoundError
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.counters import Counters
 from orchestra.fuse.protocol import HEADER_OUT, data_reply
@@ -22,6 +23,7 @@ class Device:
 
     channel: Channel
     kernel: socket.socket
+    clock: ManualClock
 
     def answer(self) -> tuple[int, int, bytes]:
         """Return (errno, unique, body) of the next answer."""
@@ -35,8 +37,9 @@ def device() -> Iterator[Device]:
     ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kernel.settimeout(20)
     with ours, kernel:
-        channel = Channel(ours.fileno(), Counters(), threads_max=4)
-        yield Device(channel, kernel)
+        clock = ManualClock()
+        channel = Channel(ours.fileno(), Counters(), threads_max=4, daemon_wait_s=30.0, clock=clock, retry_s=0.001)
+        yield Device(channel, kernel, clock)
         channel.close()
 
 
@@ -133,3 +136,53 @@ def test_an_answer_to_a_mount_that_is_gone_is_undone(device: Device) -> None:
     undone: list[bool] = []
     device.channel.send_or_undo(data_reply(1, b""), lambda: undone.append(True))
     assert undone == [True]
+
+
+def test_a_request_waits_for_a_daemon_that_is_being_restarted(device: Device) -> None:
+    """Its reader sees a pause and then the bytes."""
+    tries: list[int] = []
+
+    def call() -> bytes:
+        tries.append(1)
+        if len(tries) < 4:
+            raise DaemonUnavailableError("no daemon")
+        return b"bytes"
+
+    device.channel.wait(5, lambda: (data_reply(5, device.channel.patiently(5, call)), None))
+    assert device.answer() == (0, 5, b"bytes")
+    assert len(tries) == 4
+
+
+def test_a_daemon_that_stays_away_is_an_error_in_the_end(device: Device, caplog: pytest.LogCaptureFixture) -> None:
+    """EIO after daemon_wait_s, with the reason in the log, once for all readers."""
+
+    def call() -> bytes:
+        device.clock.advance(8)
+        raise DaemonUnavailableError("no daemon answers, start one")
+
+    for unique in (5, 6):
+        device.channel.wait(unique, lambda unique=unique: (device.channel.patiently(unique, call), None))  # type: ignore[misc]
+        assert device.answer() == (errno.EIO, unique, b"")
+    assert device.channel.counters.failed == 2
+    assert caplog.text.count("no daemon answers, start one") == 1
+
+
+def test_an_interrupted_request_waits_for_no_daemon(device: Device) -> None:
+    """Its worker is free again at the next try."""
+    ended = threading.Event()
+    tried = threading.Event()
+
+    def call() -> bytes:
+        tried.set()
+        raise DaemonUnavailableError("no daemon")
+
+    def work() -> tuple[Message, Undo | None]:
+        try:
+            return device.channel.patiently(5, call), None
+        finally:
+            ended.set()
+
+    device.channel.wait(5, work)
+    assert tried.wait(20)
+    device.channel.interrupt(5)
+    assert ended.wait(20)

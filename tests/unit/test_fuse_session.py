@@ -250,6 +250,28 @@ def test_readdirplus_counts_a_look_up_for_every_name_but_the_dots(kernel: Kernel
     assert len(kernel.session.table) == 1
 
 
+@pytest.mark.parametrize("limit", ["PRIMED_ENTRIES_MAX", "PRIMED_INODES_MAX"])
+def test_a_huge_directory_or_table_hands_over_names_only(
+    kernel: Kernel, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing millions of names makes no millions of inodes."""
+    monkeypatch.setattr(f"orchestra.fuse.directories.{limit}", 1)
+    found = kernel.read_names(Opcode.READDIRPLUS, kernel.opendir())
+    assert [(name, nodeid) for name, nodeid, _ in found] == [(b".", 0), (b"..", 0), (b"a", 0), (b"d", 0)]
+    assert len(kernel.session.table) == 1
+
+
+def test_a_huge_directory_whose_names_are_looked_up_hands_over_attributes(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ls -l` looks the first names up, and the next answer spares it the rest."""
+    monkeypatch.setattr("orchestra.fuse.directories.PRIMED_ENTRIES_MAX", 1)
+    fh = kernel.opendir()
+    nodeid = kernel.lookup(b"a")[0]
+    assert kernel.read_names(Opcode.READDIRPLUS, fh)[2][1] == nodeid
+    assert kernel.read_names(Opcode.READDIRPLUS, fh)[2][1] == 0
+
+
 def test_the_version_is_an_extended_attribute(kernel: Kernel) -> None:
     """Asked for its size, in a buffer that is too small, and in one that is not."""
     nodeid = kernel.lookup(b"a")[0]
