@@ -177,7 +177,7 @@ def test_errors_are_those_of_a_local_folder(server: Server) -> None:
 
 @pytest.mark.slow
 def test_20_000_names_list_completely_and_in_order(make: MakeServer, tmp_path: Path) -> None:
-    """scandir sees each once with its kind and primes its attributes; an offset taken in the middle goes on from there after other reads."""
+    """scandir sees each once and primes its attributes; an offset taken in the middle leads back there."""
     folder = tmp_path / "wide"
     folder.mkdir()
     names = [f"{index:05}" for index in range(20_000)]
