@@ -1,6 +1,7 @@
 """What every under store promises. `orchestra.testing.under_store.UnderStoreSuite` proves it for each one.
 
-A store is opened on a root (bucket and prefix, folder, URL); keys are relative to it, use "/" and have no leading slash.
+A store is opened on a root (bucket and prefix, folder, URL); keys are relative to it, use "/", and have no leading
+slash.
 All methods are coroutines of one event loop, safe to call many at a time, and safe to cancel.
 Foreign exceptions never leave a store: they are translated to `orchestra.errors` with `from`, credentials left out.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from orchestra.errors import OrchestraError, StaleObjectError, StoreError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
+from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.values import ByteRange, ObjectInfo
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,11 @@ class FailoverStore:
     def store_id(self) -> str:
         """The first store's id."""
         return self._stores[0].store_id
+
+    def statistics(self) -> StoreStatistics:
+        """Return the sum of all stores' counts."""
+        rows = [dataclasses.asdict(statistics_of(store)) for store in self._stores]
+        return StoreStatistics(**{name: sum(row[name] for row in rows) for name in rows[0]})
 
     async def head(self, key: str) -> ObjectInfo:
         """See UnderStore. A store that says "not found" has answered."""
