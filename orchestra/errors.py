@@ -25,6 +25,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def _fill_os_error(error: BaseException, code: int, message: str) -> None:
+    """Give the kinds that are also an OSError what programs look at."""
+    if isinstance(error, OSError):
+        error.errno = code
+        error.strerror = message
+
+
 class OrchestraError(Exception):
     """Base of all; `code` is stable and may be matched by programs, the text may change."""
 
@@ -34,9 +41,7 @@ class OrchestraError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
-        if isinstance(self, OSError):
-            self.errno = self.errno_code
-            self.strerror = message
+        _fill_os_error(self, self.errno_code, message)
 
     def __str__(self) -> str:
         return self.message

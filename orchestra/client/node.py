@@ -304,7 +304,7 @@ class NodeClient:
             ours = self.config.source or "the defaults"
             raise ConfigError(
                 f"the daemon of cache.dir {self._layout.root} runs with {published.source or 'the defaults'}, this "
-                f"process with {ours}, and their mounts differ: stop it (orchestra daemon stop) or use another cache.dir"
+                f"process with {ours}, and their mounts differ: run orchestra daemon stop, or use another cache.dir"
             )
         return published
 
