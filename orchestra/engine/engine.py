@@ -175,6 +175,8 @@ class Engine:
             return False  # to fetch what cannot be kept would be to fetch it twice
         flights = self._join_or_start(digest, wanted, missing, priority)
         try:
+            if len(flights) == 1:  # nearly always: a small object, or one block of a large one
+                return await asyncio.shield(flights.pop())
             results = await asyncio.gather(*(asyncio.shield(flight) for flight in flights))
         except StaleObjectError:
             self.statistics.stale_objects += 1

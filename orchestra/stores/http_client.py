@@ -127,10 +127,11 @@ class HttpClient:
 
         `headers` ask for the range and carry the condition; the answer is checked all the same.
         """
-        ranges = None if redirects or not self._is_plain else self._range_client(url)
+        base, target = _split(url)
+        ranges = None if redirects or not self._is_plain else self._range_client(base)
         if ranges is not None:
             try:
-                answer = await ranges.get(_target(url), headers, byte_range)
+                answer = await ranges.get(target, headers, byte_range)
             except NotPlainError as error:
                 # The next try goes below, to the client that reads every kind of answer, until it sees a plain one.
                 self._is_plain = False
@@ -177,14 +178,12 @@ class HttpClient:
             raise unavailable(operation, f"the body has {len(answer.data)} bytes instead of {byte_range.length}")
         return answer.data
 
-    def _range_client(self, url: str) -> RangeClient | None:
-        """The client of that URL's server; None where a proxy stands between."""
-        parts = urlsplit(url)
-        base = f"{parts.scheme}://{parts.netloc}"
+    def _range_client(self, base: str) -> RangeClient | None:
+        """The client of that server ("scheme://host:port"); None where a proxy stands between."""
         if base not in self._ranges:
             client = None
-            if not (self._settings.proxy_url or _environment_proxy(url)):
-                context = _context(self._ssl) if parts.scheme == "https" else None
+            if not (self._settings.proxy_url or _environment_proxy(base)):
+                context = _context(self._ssl) if base.startswith("https:") else None
                 client = RangeClient(base, ssl_context=context, stall_timeout_s=self._settings.attempt_timeout_s)
             self._ranges[base] = client
         return self._ranges[base]
@@ -344,10 +343,10 @@ def _context(setting: ssl.SSLContext | bool) -> ssl.SSLContext:
     return context
 
 
-def _target(url: str) -> str:
-    """The part of an encoded URL that a request line names."""
-    parts = urlsplit(url)
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+def _split(url: str) -> tuple[str, str]:
+    """Cut an encoded URL without a fragment into its server and what a request line names."""
+    at = url.find("/", url.find("://") + 3)
+    return (url, "/") if at < 0 else (url[:at], url[at:])
 
 
 def _environment_proxy(url: str) -> str | None:

@@ -37,6 +37,7 @@ class S3Wire:
 
     def __init__(self, config: S3Config, source: CredentialSource | None, settings: HttpSettings, clock: Clock) -> None:
         self._config = config
+        self._base = urlsplit(config.bucket_url)
         self._source = source
         self._clock = clock
         self._http = HttpClient(settings, clock)
@@ -122,7 +123,7 @@ class S3Wire:
         self, method: str, key: str, parameters: list[tuple[str, str]], headers: dict[str, str]
     ) -> tuple[str, dict[str, str]]:
         """Return the URL to ask and the headers to send."""
-        base = urlsplit(self._config.bucket_url)
+        base = self._base
         path = encode_path(f"{base.path}/{key}" if key else base.path or "/")
         query = encode_query(parameters)
         sent = {**headers, "host": base.netloc}
