@@ -25,7 +25,7 @@ from orchestra.client.contract import Client, Handle
 from orchestra.errors import IsADirectoryPathError, StaleObjectError
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable
-from orchestra.fuse.options import HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
+from orchestra.fuse.options import HANDLES_MAX, PAGECACHE_HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
 from orchestra.fuse.protocol import (
     BACKING_CLOSE,
     BACKING_MAP,
@@ -81,6 +81,7 @@ class Files:
         self._incoming = incoming
         self._on_stale = on_stale
         self._no_open = options.mode is Mode.PAGECACHE
+        self._handles_max = PAGECACHE_HANDLES_MAX if self._no_open else HANDLES_MAX
         self._passthrough_from = 1 if options.mode is Mode.PASSTHROUGH else max(1, options.passthrough_size_bytes)
         self.passthrough_allowed = False  # until INIT has said so
         self._lock = threading.Lock()
@@ -200,7 +201,7 @@ class Files:
     def _open_handle(self, inode: Inode) -> _OpenFile:
         file = _OpenFile(self._client.open(inode.entry.path, entry=inode.entry))
         self._handles[inode.nodeid] = file
-        if len(self._handles) > HANDLES_MAX:
+        if len(self._handles) > self._handles_max:
             self.drop(next(iter(self._handles)))
         return file
 

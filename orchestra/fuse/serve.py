@@ -60,6 +60,7 @@ def serve(
         if on_session is not None:
             on_session(session)
         _Life(session, target, options, ready).run()
+        log.info("%s has ended: %s", target, {name: n for name, n in session.counters.snapshot().items() if n})
         if not session.channel.pending_count:  # else a late worker could write to a number that is another file's
             os.close(device_fd)
 

@@ -330,3 +330,22 @@ def test_a_listing_that_did_not_change_keeps_the_kernels_copy(kernel: Kernel, fo
     for fh in (first, second, third):
         assert kernel.ask(Opcode.RELEASEDIR, 1, struct.pack("<QIIQ", fh, 0, 0, 0))[0] == 0
     assert flags()[1] == cache
+
+
+@pytest.mark.parametrize(("mode", "limit"), [(Mode.AUTO, "HANDLES_MAX"), (Mode.PAGECACHE, "PAGECACHE_HANDLES_MAX")])
+def test_handles_of_half_read_files_are_bounded(
+    folder: Path, mode: Mode, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest is closed and opened again when it is next read; one read to its end is closed at once."""
+    monkeypatch.setattr(f"orchestra.fuse.files.{limit}", 3)
+    for index in range(5):
+        (folder / f"f{index}").write_bytes(bytes([index]) * 5000)
+    kernel = Kernel(folder, mode)
+    kernel.init()
+    nodeids = [kernel.lookup(f"f{index}".encode())[0] for index in range(5)]
+    for offset, open_count in ((0, 3), (904, 3), (1904, 0)):
+        for index, nodeid in enumerate(nodeids):
+            code, message = kernel.ask(Opcode.READ, nodeid, struct.pack("<QQIIQII", 0, offset, 4000, 0, 0, 0, 0))
+            assert (code, message[HEADER_OUT.size :]) == (0, bytes([index]) * min(4000, 5000 - offset))
+        assert kernel.client.handles_open == open_count
+    kernel.close()
