@@ -72,10 +72,12 @@ class VersionedStore:
         for start in range(0, max(1, len(names)), PAGE_KEYS):
             self.lists.append(prefix)
             page = names[start : start + PAGE_KEYS]
-            objects = tuple(self.objects[name].info for name in page if not name.endswith("/") and name in self.objects)
-            yield ListPage(objects, tuple(name for name in page if name.endswith("/")))
+            objects = (self.objects.get(name) for name in page if name == prefix or not name.endswith("/"))
+            prefixes = (name for name in page if name != prefix and name.endswith("/"))
+            yield ListPage(tuple(stored.info for stored in objects if stored is not None), tuple(prefixes))
 
     def _names_below(self, prefix: str) -> list[str]:
+        """The keys directly below `prefix` and the prefixes there, which end with a slash; in order."""
         if self._sorted is None:
             self._sorted = sorted(self.objects)
         names: list[str] = []

@@ -206,12 +206,12 @@ def test_a_record_with_any_byte_changed_is_no_record() -> None:
     for at in set(range(len(raw))) - set(padding):
         spoiled = bytearray(raw)
         spoiled[at] ^= 0x10
-        with pytest.raises(ValueError, match="another format|damaged"):
+        with pytest.raises(ValueError, match=r"another format|damaged"):
             Record(memoryview(bytes(spoiled)), (0, 0))
 
 
 @pytest.mark.parametrize("length", [0, 4, 91, 95, 100])
 def test_a_record_cut_short_is_no_record(length: int) -> None:
     """A listing without its end is not believed, wherever it ends."""
-    with pytest.raises(ValueError, match="too short|damaged"):
+    with pytest.raises(ValueError, match=r"too short|damaged"):
         Record(memoryview(listing(b"a", b"bb", b"ccc")[:length]), (0, 0))

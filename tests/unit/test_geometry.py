@@ -102,5 +102,5 @@ def test_a_bad_block_size_is_refused(block: int) -> None:
 @pytest.mark.parametrize("extent", [0, 4095, 4097, 6144, 4096 * 1025])
 def test_a_bad_extent_size_is_refused(extent: int) -> None:
     """An extent is 1 to 1,024 whole blocks; the error says so."""
-    with pytest.raises(ConfigError, match="multiple of cache.block_size 4096, at most 1024"):
+    with pytest.raises(ConfigError, match=r"multiple of cache.block_size 4096, at most 1024"):
         Geometry(4096, extent)
