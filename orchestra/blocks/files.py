@@ -40,6 +40,7 @@ class BlockFiles:
         self._boot_id = boot_id
         self._disk = disk
         self._serial = itertools.count()
+        self._pid = os.getpid()
         self._attributes_work = True
 
     # -- small objects ---------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ class BlockFiles:
     # -- temporary files -------------------------------------------------------------------------------------------
 
     def _temporary_path(self) -> str:
-        return f"{self._layout.tmp}/{os.getpid()}-{next(self._serial)}"
+        return f"{self._layout.prefix}/tmp/{self._pid}-{next(self._serial)}"
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[str, int]]:

@@ -140,7 +140,7 @@ async def disassemble(node: Node) -> None:
 def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tuple[BlockStore, BlockIndex]:
     index = BlockIndex(layout.index)
     rows, clean = index.load()
-    limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.root))
+    limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.prefix))
     accounts = Accounts(make_policy(config.cache.eviction), limit, index)
     accounts.load(rows)
     blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
