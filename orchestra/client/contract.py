@@ -83,8 +83,9 @@ class Client(Protocol):
         ...
 
     def freshness_s(self, path: str) -> float:
-        """Return how long what is known about `path` may be used without asking: the mount's freshness in seconds
-        (inf for `immutable`, 0 for `strict`). Kernel entry and attribute timeouts follow it."""
+        """Return how long what is known about `path` may still be used without asking: what is left of the mount's
+        freshness, in seconds (inf for `immutable`, 0 for `strict` or when nothing is known). Kernel entry and
+        attribute timeouts follow it."""
         ...
 
     def open(self, path: str, *, entry: Entry | None = None) -> Handle:

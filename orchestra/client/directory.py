@@ -43,6 +43,15 @@ class NodeDirectory:
         )
         self._at = {bisect_left(merged, name): name for name in self._mounts}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same listing: the same record, not only the same names."""
+        if not isinstance(other, NodeDirectory):
+            return NotImplemented
+        return self._path == other._path and self._record is other._record and self._mounts == other._mounts
+
+    def __hash__(self) -> int:
+        return hash((self._path, id(self._record)))
+
     def __len__(self) -> int:
         rows = len(self._record) if self._record is not None else 0
         return rows - len(self._hidden) + len(self._mounts)

@@ -8,6 +8,7 @@ What it holds belongs to one process: a forked child notices its pid and begins 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ from orchestra.values import Entry, EntryKind, ObjectId
 # How long the published namespace is taken to be what it was: a mount that is added or removed by another process is
 # seen that much later, and a read saves four calls of stat(2).
 _NAMESPACE_RECHECK_NS = 5_000_000
+# Above all mounts only `mount add` changes anything; a minute is soon enough to see it.
+_TABLE_FRESHNESS_S = 60.0
+_FRESHNESS_STEPS = 64
 # Above the fetch deadline of the daemon: it answers with the real reason before we give up on it.
 _ANSWER_MARGIN_S = 30.0
 
@@ -157,8 +161,21 @@ class NodeClient:
     def freshness_s(self, path: str) -> float:
         """See Client."""
         location = self._locate(normalize_path(path))
-        # Above all mounts only `mount add` changes anything; a minute is soon enough to see it.
-        return location.mount.freshness_s if location is not None else 60.0
+        if location is None:
+            return _TABLE_FRESHNESS_S
+        mount = location.mount
+        if not 0 < mount.freshness_s < math.inf:
+            return mount.freshness_s
+        # As a name in its parent, and as a directory with a listing of its own: the older of the two counts.
+        keys = {location.key, _prefix(location)}
+        ages = [self._metadata.age_s(mount.store_id, key, mount.freshness_s) for key in keys]
+        known = [age for age in ages if age is not None]
+        if not known:
+            return 0.0
+        age_s = max(known)
+        # In steps, so that callers who keep something per value keep little.
+        step_s = mount.freshness_s / _FRESHNESS_STEPS
+        return max(0.0, (mount.freshness_s - age_s) // step_s * step_s)
 
     def _directory(self, path: str, record: Record) -> NodeDirectory:
         return NodeDirectory(path, record, self._table().names_below(path))

@@ -70,6 +70,24 @@ class MetadataReader:
             return Known(attr.row(0) if attr.count else None)
         return None
 
+    def age_s(self, store_id: str, key: str, freshness_s: float) -> float | None:
+        """Return the age in seconds of what `lookup` answers from, None if nothing fresh is known.
+
+        `key` may also be a prefix ("" or ending with "/"): then it is the age of its listing.
+        """
+        paths = [self._listing_file(record_name(store_id, key))]
+        if key and not key.endswith("/"):
+            paths = [
+                self._listing_file(record_name(store_id, split_key(key)[0])),
+                self._attr_file(record_name(store_id, key)),
+            ]
+        for path in paths:
+            record = self._fresh(path, freshness_s)
+            if record is not None:
+                age = record.age_ns(boot_id=self._boot_id, now_ns=self._clock.now_ns())
+                return age / 1e9 if age is not None else None
+        return None
+
     def listing(self, store_id: str, prefix: str, freshness_s: float) -> Record | None:
         """Return the fresh listing of `prefix`, or None."""
         return self._fresh(self._listing_file(record_name(store_id, prefix)), freshness_s)
