@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,16 @@ from orchestra.namespace.paths import is_shown_name
 from orchestra.stores.contract import ListPage
 from orchestra.testing.fault_store import Fail, FaultStore, Stall, Swap
 from orchestra.values import EntryKind, ObjectInfo
+from tests.support.ram import ram_folder
 from tests.support.versioned_store import VersionedStore
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: see tests/support/ram.py."""
+    with ram_folder() as folder:
+        yield folder
+
 
 BOOT = b"b" * 16
 FRESH = 60.0

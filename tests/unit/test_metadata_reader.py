@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from orchestra.clock import ManualClock
 from orchestra.metadata.reader import Known, MetadataReader, record_name, split_key
 from orchestra.metadata.records import RecordBuilder, RecordEntry, publish_record
 from orchestra.values import EntryKind
+from tests.support.ram import ram_folder
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: see tests/support/ram.py."""
+    with ram_folder() as folder:
+        yield folder
+
 
 BOOT = b"b" * 16
 STORE = "s3://b/"
