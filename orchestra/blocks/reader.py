@@ -179,6 +179,12 @@ class LocalObject:
                 missing.extend(block for block in run if not extent.marks.is_present(block))
         return missing
 
+    def has_file(self, block_index: int) -> bool:
+        """Whether the file that would hold the block is here and vouched for in this boot, with or without it."""
+        if self._geometry.is_small(self._size):
+            return self._file(_SMALL) is not None
+        return self._file(block_index // self._geometry.blocks_per_extent) is not None
+
     def cached_bytes(self) -> int:
         """How many of the object's bytes are here."""
         missing = self.missing_blocks(ByteRange(0, self._size))

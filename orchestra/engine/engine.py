@@ -206,10 +206,15 @@ class Engine:
         touched = self._geometry.blocks_of(wanted.byte_range)
         if not any(self._blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
             return list(touched)
+        if not suspect:
+            missing_now = self._blocks.missing_in_filling(digest, size, touched)
+            if missing_now is not None:
+                return missing_now
         local = self._blocks.open_object(digest, size)
         try:
             missing = local.missing_blocks(wanted.byte_range)
-            doubted = touched if suspect else missing
+            # A file that is open is vouched for in this boot: what it lacks was never there.
+            doubted = touched if suspect else [block for block in missing if not local.has_file(block)]
             files = {
                 block // self._geometry.blocks_per_extent: block
                 for block in doubted
