@@ -130,6 +130,7 @@ def prepare(root: Path, geometry: Geometry) -> tuple[CacheLayout, Geometry]:
     except OSError as error:
         raise CacheDirectoryError(f"cache.dir {root} cannot be made: {error.strerror}") from error
     check_owner(root)
+    _check_place(root)
     geometry = _read_or_write_marker(root, geometry)
     try:
         for folder in _FOLDERS:
@@ -151,6 +152,22 @@ def check_owner(root: Path) -> None:
         )
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CacheDirectoryError(f"refusing cache directory {root}: writable by others; run: chmod 700 {root}")
+
+
+def _check_place(root: Path) -> None:
+    """Raise CacheDirectoryError if others could put another directory in the place of `root`, or if what it is to cache
+    lies under it."""
+    link = root.lstat()
+    if stat.S_ISLNK(link.st_mode) and root.parent.stat().st_mode & stat.S_IWOTH and link.st_uid != os.getuid():
+        raise CacheDirectoryError(f"refusing cache directory {root}: a link in a folder that others may write to")
+    device = root.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if fields[2] == number and fields[fields.index("-") + 1] == "fuse.orchestra":
+            raise CacheDirectoryError(
+                f"cache.dir {root} lies inside orchestra's own mount {fields[4]}: use a local disk"
+            )
 
 
 def read_geometry(root: Path) -> Geometry | None:

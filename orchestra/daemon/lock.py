@@ -37,5 +37,5 @@ def _owner(fd: int) -> str:
     try:
         body = json.loads(os.pread(fd, 4096, 0))
         return f"the daemon with pid {body['pid']}, started {body['started']}"
-    except (ValueError, KeyError, OSError):
+    except (ValueError, KeyError, TypeError, OSError):
         return "another daemon"
