@@ -62,7 +62,8 @@ class FetchConfig:
     """`[fetch]`: what bounds the traffic to each under store."""
 
     requests_max: int = 128  # requests in flight to one store
-    in_flight_bytes_max: int = 256 * MIB
+    # 30 blocks of 4 MiB: at 50 ms and 90 MB/s a connection that is 1.3 GB/s, and what is asked for first comes first.
+    in_flight_bytes_max: int = 128 * MIB
     attempt_timeout_s: float = 30.0  # one request without progress
     deadline_s: float = 120.0  # all tries of one read
 
