@@ -106,9 +106,7 @@ class Contestant:
     def close(self) -> None:
         """End reader and servers, and remove what they kept."""
         if self.reader is not None:
-            assert self.reader.stdin is not None
-            self.reader.stdin.close()
-            self.reader.wait(30)
+            self.reader.communicate(timeout=30)  # closes its input, which ends it
         self.stop()
         shutil.rmtree(self.folder)
 
