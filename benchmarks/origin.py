@@ -128,7 +128,8 @@ class Origin:
             return False
         now = time.perf_counter()
         # A tenth of a second of burst, so that the limit is felt at once and not on average.
-        self.rate_tokens = min(self.knobs.rate / 10, self.rate_tokens + (now - self.rate_at) * self.knobs.rate)
+        burst = max(1.0, self.knobs.rate / 10)
+        self.rate_tokens = min(burst, self.rate_tokens + (now - self.rate_at) * self.knobs.rate)
         self.rate_at = now
         if self.rate_tokens < 1:
             return True

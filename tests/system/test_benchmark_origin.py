@@ -87,12 +87,13 @@ def test_requests_and_bytes_are_counted(store: S3Store, origin: OriginProcess) -
 
 
 def test_a_rate_is_held_with_503(origin: OriginProcess, tmp_path: Path) -> None:
-    """Above the rate that was set the origin answers 503, and a client sees that."""
-    origin.set(rate=1)
+    """Above the rate that was set the origin answers 503, below it the objects."""
+    origin.set(rate=20)
     origin.call("/__reset")
     bare = BareClient(tmp_path, origin.url)
     try:
-        bare.read(Work(dataset_keys("small", 2500)[:3], 1234, concurrency=3))
+        answer = bare.read(Work(dataset_keys("small", 2500)[:8], 1234, concurrency=8))
+        assert answer["byte_count"] == 8 * 1234  # the client tried again
         assert "503" in origin.call("/__stats", "GET")["statuses"]
     finally:
         origin.set(rate=0)
