@@ -136,8 +136,9 @@ def prepare(root: Path, geometry: Geometry) -> tuple[CacheLayout, Geometry]:
         for folder in _FOLDERS:
             (root / folder).mkdir(mode=0o700, exist_ok=True)
         for folder in ("extents", "listings", "attrs"):
-            for number in range(256):
-                (root / folder / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+            missing = {f"{number:02x}" for number in range(256)} - set(os.listdir(root / folder))
+            for name in missing:
+                (root / folder / name).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise CacheDirectoryError(f"cache.dir {root} is not writable: {error.strerror}") from error
     return CacheLayout(root), geometry

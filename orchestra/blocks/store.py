@@ -247,7 +247,14 @@ class BlockStore:
             return None
         fd, marks = opened
         if marks.is_trusted(self._boot_id):
-            return _Filling(fd, marks, marks.header.block_count - len(marks.present_blocks()))
+            present = marks.present_blocks()
+            name = f"{digest}.{extent_index}"
+            if name in self._accounts:
+                # A recount charged what the file takes on disk. Bytes that a crash kept from being marked are among
+                # that, and will be written and charged again.
+                charge = sum(_charge(self._geometry.block_range(size_bytes, block).length) for block in present)
+                self._accounts.grow(name, charge - self._accounts.size_of(name))
+            return _Filling(fd, marks, marks.header.block_count - len(present))
         os.close(fd)
         marks.detach()
         return None

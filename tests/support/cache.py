@@ -122,7 +122,8 @@ class Cache:
     def check(self) -> None:
         """The accounts say what the files are; nothing is unfinished and nothing is half."""
         found = find_files(self.layout)
-        assert {name: self.accounts.size_of(name) for name in self.accounts.names()} == found.sizes
+        accounts = {name: self.accounts.size_of(name) for name in self.accounts.names()}
+        assert accounts == found.sizes, f"accounts {accounts} are not files {found.sizes}"
         assert self.accounts.used_bytes == sum(found.sizes.values())
         assert not found.halves and not found.strangers
         assert not list(self.layout.tmp.iterdir())
