@@ -14,6 +14,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 _HEADS_BEFORE_LISTING = 8
 # A listing that took more requests than this runs beside the HEADs instead of being waited for.
 _AWAITED_LIST_REQUESTS_MAX = 4
+# The share of its freshness that a listing has left when it comes, however long it took: listing again and again takes
+# the store's time then, and a folder's names are still used at least half as long as its mount allows.
+_LEFT_OF_SLOW_LISTINGS = 0.5
 # Prefixes whose HEADs since their listing grew old are counted; forgetting one costs a few HEADs.
 _COUNTED_PREFIXES_MAX = 4096
 
@@ -119,7 +123,7 @@ class Catalog:
                 return record
         return await self._lists.ask(
             (store.store_id, prefix),
-            lambda: self._ask_for_prefix(store, prefix),
+            lambda: self._ask_for_prefix(store, prefix, freshness_s),
             age_max_s=0.0 if is_now else freshness_s,
         )
 
@@ -147,10 +151,10 @@ class Catalog:
             listing = (store.store_id, prefix)
             if old is not None and old.requests <= _AWAITED_LIST_REQUESTS_MAX:
                 record = await self._lists.ask(
-                    listing, lambda: self._ask_for_prefix(store, prefix), age_max_s=freshness_s
+                    listing, lambda: self._ask_for_prefix(store, prefix, freshness_s), age_max_s=freshness_s
                 )
                 return record.find(name)
-            self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix))
+            self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix, freshness_s))
         entry = await self._entry_of(store, key, name)
         if old is not None and _differ(old.find(name), entry):
             # The listing is known to be wrong now; a reader must not find the old row in it.
@@ -199,7 +203,7 @@ class Catalog:
         finally:
             await close_pages(pages)
 
-    async def _ask_for_prefix(self, store: UnderStore, prefix: str) -> Record:
+    async def _ask_for_prefix(self, store: UnderStore, prefix: str, freshness_s: float) -> Record:
         builder = RecordBuilder()
         asked_ns = self._clock.now_ns()
         pages = 0
@@ -221,8 +225,9 @@ class Catalog:
                     builder.hidden_count += 1
         self._heads_since_old.pop((store.store_id, prefix), None)
         path = self._layout.listing_file(record_name(store.store_id, prefix))
+        fetched_ns = self._counts_from(asked_ns, freshness_s)
         try:
-            raw = self._publish(path, builder, requests=max(1, pages), fetched_ns=asked_ns)
+            raw = self._publish(path, builder, requests=max(1, pages), fetched_ns=fetched_ns)
         except OSError as error:
             raise CacheDirectoryError(
                 f"the listing of {prefix or '/'} of {store.store_id} cannot be kept in the cache directory: "
@@ -230,9 +235,19 @@ class Catalog:
             ) from error
         return Record(memoryview(raw), (0, 0))
 
+    def _counts_from(self, asked_ns: int, freshness_s: float) -> int:
+        """Return when a listing's age begins: when it was asked for, but half of `freshness_s` is always left of it.
+
+        A million names take longer to list than the usual freshness of a minute: such a listing would be too old for
+        everybody when it comes, and each name in it would cost a HEAD.
+        """
+        if not 0 < freshness_s < math.inf:
+            return asked_ns
+        return max(asked_ns, self._clock.now_ns() - int(freshness_s * (1 - _LEFT_OF_SLOW_LISTINGS) * 1e9))
+
     def _publish(self, path: str, builder: RecordBuilder, *, requests: int, fetched_ns: int | None = None) -> bytes:
-        """Write the record and return its bytes. Its age counts from before the question: the answer is at least that
-        recent. Raises OSError."""
+        """Write the record and return its bytes. Its age counts from `fetched_ns`, by default from now. Raises
+        OSError."""
         raw = builder.pack(
             boot_id=self._boot_id,
             fetched_ns=self._clock.now_ns() if fetched_ns is None else fetched_ns,

@@ -257,6 +257,26 @@ async def test_a_question_that_takes_longer_than_the_freshness_is_answered(desk:
     assert await desk.version("d") == "dir"
 
 
+async def test_a_listing_slower_than_the_freshness_is_used(desk: Desk) -> None:
+    """A folder that takes longer to list than its names may be old still costs no HEAD a file: half of the freshness
+    is left when its listing comes, and no more."""
+    for index in range(50):
+        desk.store.put(f"d/{index:02}", b"")
+
+    async def slow() -> None:
+        desk.clock.advance(10 * FRESH)
+
+    desk.faults.inject(Swap(slow), on="list")
+    assert len(await desk.names("d/")) == 50
+    desk.clock.advance(FRESH / 2 - 1)
+    for index in range(50):
+        await desk.version(f"d/{index:02}")
+    assert desk.asked() == (0, 1)
+    desk.clock.advance(2)
+    await desk.version("d/00")
+    assert desk.asked() == (1, 1)
+
+
 async def test_an_answer_too_old_for_a_late_comer_is_asked_for_again(desk: Desk) -> None:
     """Whoever joins a question under way gets an answer no older than his freshness, or a new one."""
     desk.store.put("a", b"x")
