@@ -19,6 +19,7 @@ from pathlib import Path
 from aiohttp import web
 
 import orchestra
+from orchestra.clock import SystemClock
 from orchestra.config import Config
 from orchestra.daemon.api.app import make_app, make_hot_handler
 from orchestra.daemon.api.context import Activity
@@ -77,7 +78,7 @@ def _notifier(ready_fd: int | None) -> Callable[[str], None]:
 
 
 async def _serve(config: Config, *, autostarted: bool, in_background: bool, notify: Callable[[str], None]) -> None:
-    started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    started = datetime.datetime.fromtimestamp(SystemClock().wall_s()).astimezone().isoformat(timespec="seconds")
     node = assemble(config, started=started)
     if in_background:
         log_to_file(node.layout.log)

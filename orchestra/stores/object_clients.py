@@ -79,7 +79,7 @@ def open_s3(
     if config.anonymous or source is not None:
         wire = S3Wire(config, source, wire_settings(config, fetch), clock)
     return ObjectStoreStore(
-        _s3_client(config, source, fetch),
+        _s3_client(config, source, fetch, clock),
         store_id=config.store_id,
         label=config.label,
         root=config.root,
@@ -98,7 +98,7 @@ def wire_settings(config: S3Config, fetch: FetchConfig) -> HttpSettings:
     )
 
 
-def _s3_client(config: S3Config, source: CredentialSource | None, fetch: FetchConfig) -> S3Store:
+def _s3_client(config: S3Config, source: CredentialSource | None, fetch: FetchConfig, clock: Clock) -> S3Store:
     given = {
         "ca_file": config.ca_file,
         "proxy_url": config.proxy_url,
@@ -120,7 +120,7 @@ def _s3_client(config: S3Config, source: CredentialSource | None, fetch: FetchCo
             config=settings,  # type: ignore[arg-type]  # a TypedDict built by name
             client_options=client_options(given, fetch, allow_http=config.allow_http),
             retry_config=NO_RETRY,
-            credential_provider=None if source is None else _ObstoreCredentials(source),
+            credential_provider=None if source is None else _ObstoreCredentials(source, clock),
         )
     except (BaseError, ValueError, TypeError) as error:
         raise ConfigError(f"s3: {_first_line(error)}") from error
@@ -132,8 +132,9 @@ class _ObstoreCredentials:
     Also for a static key: obstore would add the session token of the environment to a key from the options.
     """
 
-    def __init__(self, source: CredentialSource) -> None:
+    def __init__(self, source: CredentialSource, clock: Clock) -> None:
         self._source = source
+        self._clock = clock
 
     async def __call__(self) -> S3Credential:
         found = await self._source.credentials()
@@ -142,7 +143,7 @@ class _ObstoreCredentials:
             "secret_access_key": found.secret_access_key,
             "token": found.session_token or None,
             # Asked again before a role's credentials (an hour at least) run out.
-            "expires_at": datetime.now(UTC) + timedelta(minutes=10),
+            "expires_at": datetime.fromtimestamp(self._clock.wall_s(), UTC) + timedelta(minutes=10),
         }
 
 

@@ -114,7 +114,7 @@ async def _wait_until_it_listens(port: int, process: subprocess.Popen[bytes]) ->
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
-                await asyncio.sleep(0.01)  # a foreign process offers no event to wait for
+                await asyncio.sleep(0)  # a foreign process offers no event to wait for; 10 s bound it
                 continue
             writer.close()
             await writer.wait_closed()
