@@ -348,16 +348,19 @@ class NodeClient:
             self._after_fork()
         try:
             return call(self._connection)
-        except ConnectionLostError as lost:
-            if not start or not self.config.daemon.autostart:
-                raise DaemonUnavailableError(
-                    f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
-                ) from lost
-        start_daemon(self.config, autostarted=True)
+        except ConnectionLostError:
+            pass  # the daemon may be another one by now, or have broken off an answer that it could not finish
+        may_start = start and self.config.daemon.autostart
+        if may_start:
+            start_daemon(self.config, autostarted=True)
         try:
             return call(self._connection)
         except ConnectionLostError as lost:
-            raise DaemonUnavailableError(f"the daemon went away again: {lost}; see {self._layout.log}") from lost
+            if may_start:
+                text = f"the daemon went away again: {lost}; see {self._layout.log}"
+            else:
+                text = f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
+            raise DaemonUnavailableError(text) from lost
 
     def close(self) -> None:
         """See Client."""

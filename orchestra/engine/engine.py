@@ -179,10 +179,14 @@ class Engine:
                 return await asyncio.shield(flights.pop())
             results = await asyncio.gather(*(asyncio.shield(flight) for flight in flights))
         except StaleObjectError:
-            self.statistics.stale_objects += 1
-            self._catalog.forget(wanted.mount.store.store_id, wanted.info.key)
+            self._note_stale(wanted)
             raise
         return all(results)
+
+    def _note_stale(self, wanted: Wanted) -> None:
+        """Who opens the path next must not be given the version that is gone."""
+        self.statistics.stale_objects += 1
+        self._catalog.forget(wanted.mount.store.store_id, wanted.info.key)
 
     def in_flight(self, digest: str, block_index: int) -> bool:
         """Whether that block is being fetched."""
@@ -195,9 +199,13 @@ class Engine:
         start = wanted.byte_range.start
         while start < wanted.byte_range.stop:
             piece = ByteRange(start, min(start - start % part + part, wanted.byte_range.stop))
-            async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND) as data:
-                self.statistics.uncached_bytes += len(data)
-                yield data
+            try:
+                async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND) as data:
+                    self.statistics.uncached_bytes += len(data)
+                    yield data
+            except StaleObjectError:
+                self._note_stale(wanted)
+                raise
             start = piece.stop
 
     async def _missing(self, digest: str, wanted: Wanted, *, suspect: bool) -> list[int]:
