@@ -1,5 +1,6 @@
 """The block store: what is written is read, by anybody, until it is evicted; and never anything else."""
 
+# Over 500 lines: one store, one fixture, thirty-six claims that are read together; its parts would share every helper.
 from __future__ import annotations
 
 import errno

@@ -1,5 +1,6 @@
 """The pure parts of the stores: URIs, options, signatures, listings, answers, and the words of errors."""
 
+# Over 500 lines: tables of inputs and the words they are answered with, more data than code.
 from __future__ import annotations
 
 import subprocess
