@@ -33,6 +33,7 @@ from orchestra.fuse.protocol import (
     BODY,
     HEAD,
     HEADER_OUT,
+    OPEN_REPLY,
     READ_IN,
     RELEASE_IN,
     OpenFlag,
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 # What RELEASE must know about the OPEN it ends travels as the file's fh.
 _FH_CACHED = 1
 _FH_PASSTHROUGH = 2
+_FH_SMALL = 3
 _CACHED = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
 _PASSED = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
 # The kernel will say the same for every file: no privilege, too many stacked file systems, no such ioctl.
@@ -103,7 +105,10 @@ class Files:
             return
         if inode.entry.is_directory:
             raise IsADirectoryPathError(f"{inode.entry.path} is a directory")
-        if self.passthrough_allowed and inode.entry.size_bytes >= self._passthrough_from:
+        if inode.entry.size_bytes < self._passthrough_from:  # never passed through, so there is nothing to count
+            self._channel.send(OPEN_REPLY.pack(OPEN_REPLY.size, 0, unique, _FH_SMALL, _CACHED, 0))
+            return
+        if self.passthrough_allowed:
             self._channel.wait(unique, partial(self._open_large, unique, inode))
             return
         with self._lock:
@@ -152,6 +157,11 @@ class Files:
     def release(self, unique: int, nodeid: int, end: int) -> None:
         """RELEASE: the last one of an inode closes its backing id or its handle."""
         fh, _ = RELEASE_IN.unpack_from(self._incoming, BODY)
+        if fh == _FH_SMALL:
+            if nodeid in self._handles:  # closed before it was read to its end; another reader opens one anew
+                self.drop(nodeid)
+            self._channel.send(HEADER_OUT.pack(HEAD, 0, unique))
+            return
         inode = self._table.get(nodeid)
         if inode is not None:
             self._released(inode, fh)
