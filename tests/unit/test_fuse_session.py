@@ -290,13 +290,15 @@ def test_a_handle_dropped_while_it_is_read_is_closed_by_its_reader(kernel: Kerne
     """RELEASE during a waiting read (an interrupted one) closes nothing under the reader."""
     kernel.client.uncache("/a")
     nodeid = ENTRY_REPLY.unpack(kernel.ask(Opcode.LOOKUP, 1, b"a\0")[1])[3]
-    assert kernel.ask(Opcode.OPEN, nodeid, bytes(8))[0] == 0
+    code, message = kernel.ask(Opcode.OPEN, nodeid, bytes(8))
+    fh = OPEN_REPLY.unpack(message)[3]
+    assert code == 0
     kernel.client.hold("/a")
-    unique = kernel.tell(Opcode.READ, nodeid, struct.pack("<QQIIQII", 1, 0, 4096, 0, 0, 0, 0))
+    unique = kernel.tell(Opcode.READ, nodeid, struct.pack("<QQIIQII", fh, 0, 4096, 0, 0, 0, 0))
     kernel.client.wait_held(1)
     kernel.tell(Opcode.INTERRUPT, 0, struct.pack("<Q", unique))
     assert kernel.answer()[:2] == (errno.EINTR, unique)
-    assert kernel.ask(Opcode.RELEASE, nodeid, struct.pack("<QIIQ", 1, 0, 0, 0))[0] == 0
+    assert kernel.ask(Opcode.RELEASE, nodeid, struct.pack("<QIIQ", fh, 0, 0, 0))[0] == 0
     assert kernel.client.handles_open == 1
     kernel.client.release("/a")
     kernel.client.wait_no_handles()
