@@ -62,7 +62,7 @@ def write_namespace(path: Path, namespace: PublishedNamespace) -> None:
 def read_namespace(path: Path) -> PublishedNamespace | None:
     """Return what is published, None if no daemon published anything yet.
 
-    Raises CacheDirectoryError if it was written by another version of orchestra.
+    Raises CacheDirectoryError if it may not be read, or was written by another version of orchestra.
     """
     try:
         body = dict(json.loads(path.read_bytes()))
@@ -70,8 +70,10 @@ def read_namespace(path: Path) -> PublishedNamespace | None:
         if made_by == _FORMAT:
             mounts = tuple(PublishedMount(**mount) for mount in body.pop("mounts"))
             return PublishedNamespace(mounts, **body)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what is wrong with the directory is said by whoever makes it
         return None
+    except OSError as error:
+        raise CacheDirectoryError(f"{path} cannot be read: {error.strerror}; is cache.dir another user's?") from error
     except (ValueError, TypeError, KeyError) as error:
         raise CacheDirectoryError(f"{path} is damaged; restart the daemon to write it anew") from error
     raise CacheDirectoryError(f"{path} was written by another version of orchestra; restart the daemon")

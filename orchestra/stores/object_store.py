@@ -130,6 +130,8 @@ class ObjectStoreStore:
         return data
 
     def list_directory(self, prefix: str) -> AsyncIterator[ListPage]:
+        if not _is_utf8(prefix):  # nothing can lie there
+            return listing_that_arrives_whole(_list_nothing)
         if self._wire is not None:
             return self._wire.list_directory(prefix)
         return listing_that_arrives_whole(lambda: self._list_whole(prefix))
@@ -199,11 +201,22 @@ def is_plain_path(path: str) -> bool:
     return not any(segment in ("", ".", "..") for segment in path.split("/"))
 
 
-def _check_utf8(path: str, operation: Operation) -> None:
+async def _list_nothing() -> list[ListPage]:
+    return cut_into_pages((), ())
+
+
+def _is_utf8(path: str) -> bool:
+    """Return whether `path` can be a key: a file name that is not UTF-8 cannot."""
     try:
         path.encode()
-    except UnicodeEncodeError as error:  # a file name that is not UTF-8 cannot be a key
-        raise NotFoundError(operation.failed("no such object")) from error
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_utf8(path: str, operation: Operation) -> None:
+    if not _is_utf8(path):
+        raise NotFoundError(operation.failed("no such object"))
 
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")

@@ -98,7 +98,12 @@ class S3fsStore:
             named = {"Prefix": self._root + prefix, "Delimiter": "/", "MaxKeys": PAGE_KEYS_MAX}
             if token is not None:
                 named["ContinuationToken"] = token
-            answer = await self._call(operation, "list_objects_v2", **named)
+            try:
+                answer = await self._call(operation, "list_objects_v2", **named)
+            except NotFoundError as error:
+                if isinstance(error.__cause__, UnicodeError):  # no key can begin so
+                    return ListPage((), ()), None
+                raise
             objects = tuple(
                 _info(item["Key"].removeprefix(self._root), item["Size"], item) for item in answer.get("Contents", ())
             )

@@ -132,6 +132,15 @@ def test_a_bad_directory_is_refused_and_left_alone(tmp_path: Path, row: BadDirec
     assert content(tmp_path) == before
 
 
+def test_a_client_says_that_the_directory_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Row 15 where the command line looks before any daemon does: one line, and no "this is a bug"."""
+    (tmp_path / "cache").write_text("x")
+    config = tmp_path / "orchestra.toml"
+    write_config(config, mounts=[], cache={"dir": tmp_path / "cache"})
+    assert main(["--config", str(config), "ls"]) == 1
+    assert capsys.readouterr().err == f"orchestra: cache.dir {tmp_path / 'cache'} is a file, not a directory\n"
+
+
 @pytest.mark.parametrize("row", ALL_ROWS, ids=lambda row: row.row)
 def test_the_daemon_refuses_it_with_status_1(
     tmp_path: Path, row: BadDirectory, capsys: pytest.CaptureFixture[str]
