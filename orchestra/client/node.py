@@ -24,6 +24,7 @@ from orchestra.client.wire import ConnectionLostError, DaemonConnection
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config
 from orchestra.errors import (
+    CacheDirectoryError,
     ConfigError,
     DaemonUnavailableError,
     IsADirectoryPathError,
@@ -307,9 +308,19 @@ class NodeClient:
             published = self._have_it_published(published)
             info = os.stat(self._layout.namespace)
             identity = (info.st_ino, info.st_mtime_ns)
+        elif namespace is None and any(mount.error for mount in published.mounts):
+            published = self._published_by_the_living(published)
         namespace = _Namespace(published, identity)
         self._namespace = namespace
         return namespace
+
+    def _published_by_the_living(self, found: PublishedNamespace) -> PublishedNamespace:
+        """A mount cannot be used, says a daemon that may be gone: one that starts now may have what that one lacked,
+        such as a variable that was set since. Asked once a process, at its first look."""
+        try:
+            return self._have_it_published(found)
+        except (DaemonUnavailableError, CacheDirectoryError):
+            return found  # the other mounts' cached files are read without a daemon
 
     def _have_it_published(self, found: PublishedNamespace | None) -> PublishedNamespace:
         # A daemon that starts now publishes its own configuration; one that runs reads its file again.

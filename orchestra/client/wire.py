@@ -71,6 +71,11 @@ class DaemonConnection:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 self._idle.pop().close()
 
+    def __del__(self) -> None:
+        # A face that nobody closes (fsspec keeps its file systems until the process ends) is no leak to warn of.
+        for connection in self._idle:
+            connection.close()
+
     @contextlib.contextmanager
     def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Iterator[_Answer]:
         """Send a request and give its answer, whose body is to be read inside. The socket is kept if all went well."""

@@ -134,7 +134,11 @@ class MountAdmin:
     def _open(self, mount: MountConfig, source: str) -> OpenedMount:
         try:
             options = {
-                name: expand_variables(value, self._environ, f"mount {mount.path} option {name}")
+                name: expand_variables(
+                    value,
+                    self._environ,
+                    f"option {name}; set it where the daemon is started, and run: orchestra daemon stop",
+                )
                 for name, value in mount.options.items()
             }
             stores = [self._open_store(StoreSettings(uri, options), self._config.fetch) for uri in mount.uris]

@@ -118,6 +118,27 @@ def test_bad_input_is_one_line(node: FolderNode, arguments: list[str], words: by
     assert words in result.stderr
 
 
+def test_a_variable_set_after_the_daemon_was_stopped_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that lacked a variable says where to set it; with it set and the daemon stopped the next command starts
+    one that has it."""
+    with folder_node(tmp_path) as node:
+        (node.store / "a").write_bytes(b"x")
+        config = Path(node.config)
+        config.write_text(
+            config.read_text() + '[[mount]]\npath = "/web"\nuri = "http://127.0.0.1:9/"\n'
+            'options = { bearer_token = "${ORCHESTRA_TEST_LATE}" }\n'
+        )
+        monkeypatch.delenv("ORCHESTRA_TEST_LATE", raising=False)
+        result = run(node, "stat", "/web/a", status=1)
+        assert b"ORCHESTRA_TEST_LATE is not set" in result.stderr
+        assert b"orchestra daemon stop" in result.stderr
+        assert run(node, "cat", "/data/a").stdout == b"x"
+        monkeypatch.setenv("ORCHESTRA_TEST_LATE", "canary")
+        run(node, "daemon", "stop")
+        # Its root is a directory whatever the server says, which is not there.
+        assert json.loads(run(node, "stat", "--json", "/web").stdout)["type"] == "directory"
+
+
 @pytest.fixture
 def coffee(node: FolderNode) -> Iterator[bytes]:
     """A file whose name is not UTF-8; gives the name."""

@@ -5,6 +5,7 @@ The daemon here is a few lines that answer by script, so that each failure comes
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -283,3 +284,15 @@ def test_a_forked_child_has_connections_of_its_own(daemon: ScriptedDaemon, conne
     connection.request("GET", "/v1/status")
     assert daemon.connections == 2
     assert len(daemon.requests) == 3
+
+
+def test_a_connection_that_nobody_closes_is_no_leak(
+    daemon: ScriptedDaemon, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What a face keeps until its process ends closes its sockets without a warning."""
+    connection = DaemonConnection(str(tmp_path / "d.sock"), timeout_s=5.0)
+    connection.request("GET", "/v1/status")
+    assert len(connection._idle) == 1
+    del connection
+    gc.collect()
+    assert not [warning for warning in recwarn if issubclass(warning.category, ResourceWarning)]
