@@ -171,8 +171,8 @@ class NodeClient:
         keys = {location.key, _prefix(location)}
         ages = [self._metadata.age_s(mount.store_id, key, mount.freshness_s) for key in keys]
         known = [age for age in ages if age is not None]
-        if not known:
-            return 0.0
+        if not known:  # a mount point is there because the table says so
+            return mount.freshness_s if not location.key or self._table().names_below(path) else 0.0
         age_s = max(known)
         # In steps, so that callers who keep something per value keep little.
         step_s = mount.freshness_s / _FRESHNESS_STEPS
