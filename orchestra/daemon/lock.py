@@ -17,6 +17,7 @@ class OwnerLock:
 
     def __init__(self, path: Path, *, started: str) -> None:
         """Raises CacheDirectoryError naming the owner if another daemon has it."""
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,6 +28,14 @@ class OwnerLock:
         with contextlib.suppress(OSError):  # no room for a name on a full disk: the lock is what counts
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "started": started}).encode(), 0)
+
+    def is_in_place(self) -> bool:
+        """Whether the locked file is still the one at its path: if not, the cache directory was removed or replaced,
+        and another daemon may own what lies there now."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Let the next daemon in."""

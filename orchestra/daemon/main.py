@@ -132,7 +132,7 @@ async def answering(node: Node, stop: asyncio.Event, activity: Activity) -> Asyn
 async def _keep(node: Node, activity: Activity, stop: asyncio.Event, *, idle_timeout_s: float | None) -> None:
     """Keep the books until `stop` is set, or until nothing happened for `idle_timeout_s`."""
     async with asyncio.TaskGroup() as tasks:
-        keeping = [tasks.create_task(_watch_accesses(node, activity)), tasks.create_task(_flush_index(node))]
+        keeping = [tasks.create_task(_watch_accesses(node, activity)), tasks.create_task(_flush_index(node, stop))]
         if idle_timeout_s is not None:
             keeping.append(tasks.create_task(_stop_when_idle(idle_timeout_s, activity, stop)))
         await stop.wait()
@@ -171,10 +171,13 @@ async def _watch_accesses(node: Node, activity: Activity) -> None:
                 node.blocks.touch(note.digest.hex(), run.start)
 
 
-async def _flush_index(node: Node) -> None:
+async def _flush_index(node: Node, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(_FLUSH_INTERVAL_S)
+        if not node.lock.is_in_place():
+            log.error("the cache directory %s was removed or replaced under this daemon: it stops", node.layout.root)
+            stop.set()
         await loop.run_in_executor(node.writers, node.blocks.flush)
 
 
