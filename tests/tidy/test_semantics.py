@@ -14,7 +14,7 @@ CLAIMS = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^## |\Z)", PAGE, re.M | re.S)
 PROOF = re.compile(r"`(tests/[\w/]+\.py)::(\w+|\*)`")
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of(path: Path) -> set[str]:
     """The names of a module's tests, Hypothesis machines (TestCase classes and their like) included."""
     return {
         node.name
@@ -36,4 +36,4 @@ def test_every_claim_has_a_proof_that_exists(number: str, text: str) -> None:
     for file, name in proofs:
         path = ROOT / file
         assert path.exists(), f"claim {number}: {file} is gone"
-        assert name == "*" or name in tests_in(path), f"claim {number}: {file} has no {name}"
+        assert name == "*" or name in names_of(path), f"claim {number}: {file} has no {name}"
