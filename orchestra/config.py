@@ -45,7 +45,7 @@ class MountConfig:
     readonly: bool = True
     freshness_s: float = 60.0
     prefetch: str = "readahead"
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
 
 
 @dataclass(frozen=True, slots=True)

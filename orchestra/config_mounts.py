@@ -6,6 +6,7 @@ to others: whether paths fit together (namespace), whether schemes exist (stores
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import stat
@@ -24,9 +25,12 @@ KEYS_LATER = ("write_policy", "replication", "quota")
 _VARIABLE = re.compile(r"\$?\$\{([^}]*)(\}?)")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _SECRET_NAME = re.compile(
-    r"secret|token|passw|passphrase|credential|account_key|private_key|api_key|sas_key|signature|connection_string",
+    r"secret|token|passw|passphrase|credential|account_key|private_key|customer_?key|api_key|sas_key|signature|connection_string",
     re.I,
 )
+_SECRET_WORDS = ("secret", "token", "password", "passphrase", "credential", "signature")
+# One letter too few, too many or two swapped in the shortest of these; "region" and "sign" are far below.
+_SECRET_WORD_LIKENESS = 0.8
 _HARMLESS_NAME = re.compile(r"(_file|_path|_endpoint|_url|_uri|_id|_name|_type)\Z", re.I)
 _INLINE_PASSWORD = re.compile(r"\A[A-Za-z0-9+.-]+://[^/@:]*:[^/@]+@")
 _durations = durations(0.0)
@@ -57,9 +61,18 @@ def format_freshness(seconds: float) -> str:
 
 
 def looks_secret(name: str, value: str) -> bool:
-    """Whether the option holds a secret itself, rather than a `${VAR}` that names one."""
-    named = _SECRET_NAME.search(name) is not None and _HARMLESS_NAME.search(name) is None
-    return named and value.lower() not in ("", "true", "false") and "${" not in value
+    """Whether the option holds a secret itself, rather than a `${VAR}` that names one: by its name, also a mistyped one
+    that is refused later, a password in an address, or a secret in JSON."""
+    if value.lower() in ("", "true", "false") or "${" in value:
+        return False
+    if _INLINE_PASSWORD.match(value):
+        return True
+    if value.lstrip().startswith("{") and _SECRET_NAME.search(value):  # client_kwargs and the like hold JSON
+        return True
+    named = _SECRET_NAME.search(name) is not None or any(
+        difflib.get_close_matches(word, _SECRET_WORDS, 1, _SECRET_WORD_LIKENESS) for word in name.lower().split("_")
+    )
+    return named and _HARMLESS_NAME.search(name) is None
 
 
 def uri_without_password(uri: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestra import config_file
-from orchestra.config import Config, expand_variables, load_config
+from orchestra.config import Config, MountConfig, expand_variables, load_config
 from orchestra.config_mounts import format_freshness, looks_secret, parse_freshness_s, uri_without_password
 from orchestra.errors import ConfigError
 from orchestra.units import GIB, MIB
@@ -213,11 +213,30 @@ def test_a_missing_variable_is_named_with_its_place() -> None:
         ("token_file", "/run/token", False),
         ("use_token", "true", False),
         ("endpoint_url", "http://x", False),
+        ("proxy_url", "http://me:pw@host", True),
+        ("proxy_url", "http://me:${PW}@host", False),
+        ("secrt", "abc", True),
+        ("aws_scret_access_key", "abc", True),
+        ("tokne", "abc", True),
+        ("sse_customer_key_base64", "abc", True),
+        ("client_kwargs", '{"aws_secret_access_key": "abc"}', True),
+        ("s3_additional_kwargs", '{"SSECustomerKey": "abc"}', True),
+        ("client_kwargs", '{"region_name": "eu-central-1"}', False),
+        ("region", "eu-central-1", False),
+        ("role_session_name", "abc", False),
+        ("skip_signature", "true", False),
     ],
 )
 def test_secrets_are_known_by_their_names(name: str, value: str, secret: bool) -> None:
-    """An option is a secret by its name, unless a variable stands in its place or it names a file."""
+    """An option is a secret by its name, also a mistyped one, unless a variable stands in its place or it names a file;
+    and so is an address with a password in it."""
     assert looks_secret(name, value) is secret
+
+
+def test_a_mount_shown_by_python_hides_its_options() -> None:
+    """The repr of a configuration, as a traceback or a log shows it, holds no secret."""
+    mount = MountConfig("/a", ("s3://bucket",), options={"secret": "canary-7f3"})
+    assert "canary-7f3" not in repr((mount,))
 
 
 def test_a_password_in_an_address_is_not_shown() -> None:
