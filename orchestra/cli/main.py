@@ -6,6 +6,7 @@ what is printed then. Leaves to others: what each command does, one module per n
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -25,6 +26,8 @@ STATUS_FAILED = 1
 STATUS_USAGE = 2
 STATUS_INTERRUPTED = 130
 STATUS_BROKEN_PIPE = 141
+# What standard output says when it cannot take more. Other files are written below commands that name them.
+_OUTPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Command -> where it is defined, and its line in `orchestra --help`; the line is the first of the command's own help
 # (a test compares them). Stated here so that neither --help nor `ls` imports what it does not run.
@@ -91,6 +94,8 @@ def cli(ctx: click.Context, config_path: str | None, debug: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit status."""
+    if argv is None:
+        _open_closed_streams()
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is shown escaped instead of failing.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -104,10 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end_quietly()
     except (KeyboardInterrupt, EOFError, click.Abort):
         return STATUS_INTERRUPTED
+    except OSError as error:
+        if error.filename is not None or error.errno not in _OUTPUT_ERRNOS:
+            return _fail_unexpectedly(error, session)
+        _fail(f"cannot write to standard output: {error.strerror}", session)
+        _silence()
+        return STATUS_FAILED
     except Exception as error:  # noqa: BLE001 the outermost frame: it reports, and there is nobody above to raise to
-        kind = type(error).__name__
-        hint = "" if session.debug else "; run it again with --debug and report what it shows"
-        return _fail(f"unexpected {kind}: {error}; this is a bug{hint}", session)
+        return _fail_unexpectedly(error, session)
     finally:
         session.close()
     return status
@@ -142,7 +151,30 @@ def _fail(message: str, session: Session) -> int:
     return STATUS_FAILED
 
 
+def _fail_unexpectedly(error: Exception, session: Session) -> int:
+    kind = type(error).__name__
+    hint = "" if session.debug else "; run it again with --debug and report what it shows"
+    return _fail(f"unexpected {kind}: {error}; this is a bug{hint}", session)
+
+
+def _open_closed_streams() -> None:
+    """Open descriptors 0 to 2 on nothing where they came closed (`>&-`): else the next socket or file would get one,
+    and what is printed would go there."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+        if null == 1:
+            sys.stdout = os.fdopen(null, "w", closefd=False)
+        elif null == 2:
+            sys.stderr = os.fdopen(null, "w", closefd=False)
+    os.close(null)
+
+
 def _end_quietly() -> int:
+    _silence()
+    return STATUS_BROKEN_PIPE
+
+
+def _silence() -> None:
     # The interpreter flushes stdout once more at exit; let that go nowhere instead of failing again.
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
@@ -151,4 +183,3 @@ def _end_quietly() -> int:
         except (OSError, ValueError):
             continue
     os.close(null)
-    return STATUS_BROKEN_PIPE

@@ -112,6 +112,28 @@ def test_a_reader_that_left_is_no_error() -> None:
     assert (result.returncode, result.stderr) == (141, b"")
 
 
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    """A full disk behind `>` is told as such, with status 1, and is no bug of ours."""
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "orchestra", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert result.returncode == 1
+    assert result.stderr == b"orchestra: cannot write to standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_nothing(closed: str) -> None:
+    """Started without standard streams, a command goes on, and nothing that it opens takes their place."""
+    code = "import os; from orchestra.cli import main; main._open_closed_streams(); print(1); os.fstat(0), os.fstat(1)"
+    result = subprocess.run(
+        ["/bin/sh", "-c", f'"$0" -c "$1" {closed} && "$0" -m orchestra --help {closed}', sys.executable, code],
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_arguments_need_not_be_utf_8() -> None:
     """Row 31: bytes that are no text arrive, and are shown as the bytes they are."""
     command: list[str | bytes] = [sys.executable, "-m", "orchestra", "rm", b"/caf\xe9"]
