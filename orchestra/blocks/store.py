@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import threading
 from dataclasses import dataclass
 
@@ -33,8 +34,11 @@ _PAGE_BYTES = 4096
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 # What leaves when the disk says it is full although the accounts see room: enough for what writes beside us as well.
 _EVICTED_AT_ONCE_BYTES = 1024 * 1024
-# Extents kept open between two blocks of a fill; more than any window of streams needs, far below the fd limit.
+# Extents kept open between two blocks of a fill: more than any window of streams needs, and at most a quarter of the
+# descriptors that the process may have.
 _OPEN_EXTENTS_MAX = 128
+_OPEN_EXTENTS_RATIO = 0.25
+_NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(slots=True)
@@ -78,6 +82,8 @@ class BlockStore:
         self._boot_id = boot_id
         self._files = BlockFiles(layout, geometry, boot_id=boot_id, disk=disk or LocalDisk())
         self._filling: dict[str, _Filling] = {}
+        descriptors_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._open_extents_max = min(_OPEN_EXTENTS_MAX, int(descriptors_max * _OPEN_EXTENTS_RATIO))
         self._lock = threading.RLock()
         self._written = self._evicted = self._evicted_count = self._corrupt = 0
 
@@ -183,12 +189,17 @@ class BlockStore:
         self._files.unlink(retired)
 
     def _write_or_evict(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
-        """Write; if the disk turns out to be full, evict and write again. Raises OSError."""
+        """Write; if the disk turns out to be full, or no file can be opened, make room and write again.
+
+        Raises OSError.
+        """
         try:
             self._write(digest, size_bytes, block_index, data)
         except OSError as error:
             name = self._name(digest, size_bytes, block_index)
-            if error.errno not in _FULL_ERRNOS or not self.evict(_EVICTED_AT_ONCE_BYTES + len(data), keep=name):
+            if error.errno in _NO_DESCRIPTOR_ERRNOS:
+                self._close_idle()
+            elif error.errno not in _FULL_ERRNOS or not self.evict(_EVICTED_AT_ONCE_BYTES + len(data), keep=name):
                 raise
             self._write(digest, size_bytes, block_index, data)
 
@@ -224,7 +235,7 @@ class BlockStore:
         finally:
             with self._lock:
                 filling.users -= 1
-                is_done = not filling.absent_count or len(self._filling) > _OPEN_EXTENTS_MAX
+                is_done = not filling.absent_count or len(self._filling) > self._open_extents_max
                 if not filling.users and filling.is_retired:
                     filling.close()
                 elif not filling.users and is_done:
@@ -258,6 +269,12 @@ class BlockStore:
         os.close(fd)
         marks.detach()
         return None
+
+    def _close_idle(self) -> None:
+        """Give back the descriptors of extents that wait for their next block; it opens them again."""
+        with self._lock:
+            for name in [name for name, filling in self._filling.items() if not filling.users]:
+                self._stop_filling(name)
 
     def _stop_filling(self, name: str) -> None:
         filling = self._filling.pop(name)

@@ -3,6 +3,7 @@
 # Over 500 lines: one store, one fixture, thirty-six claims that are read together; its parts would share every helper.
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -301,7 +302,8 @@ def test_many_threads_write_at_once(tmp_path: Path) -> None:
         barrier.wait()
         for turn in range(40):
             name = "abcdstuv"[(first + turn * 3) % 8]
-            cache.put(name, objects[name])
+            with contextlib.suppress(CacheFullError):  # all that is held may be in use by the other writers
+                cache.put(name, objects[name])
             for one, data in objects.items():
                 found = cache.get(one, len(data))
                 if found is not None and found != data:
