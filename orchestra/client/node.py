@@ -47,6 +47,8 @@ _NAMESPACE_RECHECK_NS = 5_000_000
 # Above all mounts only `mount add` changes anything; a minute is soon enough to see it.
 _TABLE_FRESHNESS_S = 60.0
 _FRESHNESS_STEPS = 64
+# A daemon that dies this often within one request will not answer it: something kills it, or the request does.
+_DAEMON_TRIES_MAX = 6
 # Above the fetch deadline of the daemon: it answers with the real reason before we give up on it.
 _ANSWER_MARGIN_S = 30.0
 
@@ -357,21 +359,24 @@ class NodeClient:
     def _with_daemon(self, call: Callable[[DaemonConnection], T], *, start: bool = True) -> T:
         if self._pid != os.getpid():
             self._after_fork()
-        try:
-            return call(self._connection)
-        except ConnectionLostError:
-            pass  # the daemon may be another one by now, or have broken off an answer that it could not finish
         may_start = start and self.config.daemon.autostart
-        if may_start:
-            start_daemon(self.config, autostarted=True)
-        try:
-            return call(self._connection)
-        except ConnectionLostError as lost:
+        tries = 0
+        while True:
+            try:
+                return call(self._connection)
+            except ConnectionLostError as lost:
+                # The daemon may be another one by now, or have broken off an answer that it could not finish.
+                tries += 1
+                if tries >= (_DAEMON_TRIES_MAX if may_start else 2):
+                    if may_start:
+                        text = f"the daemon went away {tries} times: {lost}; see {self._layout.log}"
+                    else:
+                        text = (
+                            f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
+                        )
+                    raise DaemonUnavailableError(text) from lost
             if may_start:
-                text = f"the daemon went away again: {lost}; see {self._layout.log}"
-            else:
-                text = f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
-            raise DaemonUnavailableError(text) from lost
+                start_daemon(self.config, autostarted=True)
 
     def close(self) -> None:
         """See Client."""

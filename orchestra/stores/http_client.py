@@ -26,7 +26,15 @@ from orchestra.clock import Clock
 from orchestra.errors import ConfigError, OrchestraError, StoreError, StoreUnavailableError
 from orchestra.stores.contract import Buffer
 from orchestra.stores.range_client import NotPlainError, RangeAnswer, RangeClient
-from orchestra.stores.translate import Operation, changed, error_for_status, retry_after_s, s3_code, unavailable
+from orchestra.stores.translate import (
+    Operation,
+    changed,
+    error_for_status,
+    retry_after_s,
+    s3_code,
+    unavailable,
+    unreachable,
+)
 from orchestra.units import MIB
 from orchestra.values import ByteRange, weak_version
 
@@ -302,13 +310,13 @@ def _translated(error: Exception, operation: Operation, settings: HttpSettings) 
     if isinstance(error, TimeoutError):
         return unavailable(operation, f"no progress for {settings.attempt_timeout_s:g}s")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return unavailable(operation, "the host name cannot be resolved")
+        return unreachable(operation, "the host name cannot be resolved")
     if isinstance(error, aiohttp.ClientConnectorError):
-        return unavailable(operation, f"no connection: {error.os_error.strerror or error.os_error}")
+        return unreachable(operation, f"no connection: {error.os_error.strerror or error.os_error}")
     if isinstance(error, socket.gaierror):
-        return unavailable(operation, "the host name cannot be resolved")
+        return unreachable(operation, "the host name cannot be resolved")
     if isinstance(error, ConnectionRefusedError):
-        return unavailable(operation, f"no connection: {os.strerror(errno.ECONNREFUSED)}")
+        return unreachable(operation, f"no connection: {os.strerror(errno.ECONNREFUSED)}")
     if isinstance(error, aiohttp.ClientPayloadError):
         return unavailable(operation, "the body ended early")
     return StoreUnavailableError(operation.failed(f"the connection failed ({type(error).__name__})"))

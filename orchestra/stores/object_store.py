@@ -29,6 +29,7 @@ from orchestra.stores.translate import (
     one_line,
     s3_code,
     unavailable,
+    unreachable,
 )
 from orchestra.values import ByteRange, ObjectInfo, weak_version
 
@@ -260,13 +261,13 @@ def translated(error: Exception, operation: Operation) -> OrchestraError:
     if tls is not None:
         return StoreError(operation.failed(f"TLS: {tls[1]}; a private CA goes into the option ca_file"))
     if "dns error" in text:
-        return unavailable(operation, "the host name cannot be resolved")
+        return unreachable(operation, "the host name cannot be resolved")
     for sign, reason in _PASSING_ANSWERS.items():
         if sign in text:
             return unavailable(operation, reason)
     if "kind: Connect" in text:
         reason_found = _CONNECT_REASON.search(text)
-        return unavailable(operation, f"no connection: {reason_found[1] if reason_found else 'refused'}")
+        return unreachable(operation, f"no connection: {reason_found[1] if reason_found else 'refused'}")
     if "HttpError" in text or "HTTP error" in text:
         return unavailable(operation, "the connection failed")
     return StoreError(operation.failed(one_line(text)))

@@ -20,10 +20,15 @@ from orchestra.errors import StoreError, StoreUnavailableError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.pages import close_pages, is_resumable, patience_for
+from orchestra.stores.translate import UnreachableError
 from orchestra.units import format_duration
 from orchestra.values import ByteRange, ObjectInfo
 
 Answer = TypeVar("Answer")
+
+# How long a server is waited for that takes no connection: a restart passes in that time, and who mistyped an endpoint
+# should not wait for the whole deadline of a request that was never sent.
+UNREACHABLE_DEADLINE_S = 15.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +98,8 @@ class RetryStore:
                 raise self._gave_up(message, tries + 1, started_ns, deadline_s) from (last or error)
             except StoreUnavailableError as error:
                 last = error
+                if isinstance(error, UnreachableError):
+                    deadline_s = min(deadline_s, UNREACHABLE_DEADLINE_S)
             tries += 1
             await self._wait_for_next_try(last, tries, started_ns, deadline_s)
 
@@ -111,8 +118,10 @@ class RetryStore:
     def _gave_up(self, message: str, tries: int, started_ns: int, deadline_s: float) -> StoreUnavailableError:
         passed = format_duration((self._clock.now_ns() - started_ns) / 1e9)
         times = "1 try" if tries == 1 else f"{tries} tries"
-        deadline = format_duration(deadline_s)
-        return StoreUnavailableError(f"{message} (gave up after {times} in {passed}; fetch.deadline is {deadline})")
+        limit = f"fetch.deadline is {format_duration(deadline_s)}"
+        if deadline_s == UNREACHABLE_DEADLINE_S:
+            limit = f"a server that takes no connection is waited for {format_duration(deadline_s)} at most"
+        return StoreUnavailableError(f"{message} (gave up after {times} in {passed}; {limit})")
 
     async def head(self, key: str) -> ObjectInfo:
         return await self._persist(lambda: self._inner.head(key))

@@ -25,6 +25,10 @@ REASON_CHARACTERS_MAX = 300
 KEY_CHARACTERS_MAX = 200
 
 
+class UnreachableError(StoreUnavailableError):
+    """No connection came about: refused, or no such host. Only retry.py tells it from its parent."""
+
+
 class ThrottledError(StoreUnavailableError):
     """The store asks for fewer requests (429, 503, SlowDown). Only limit.py tells it from its parent."""
 
@@ -74,6 +78,11 @@ def error_for_status(
     if 300 <= status < 400:
         return StoreError(failed(f"the store points elsewhere ({answer}): check the options region and endpoint_url"))
     return StoreError(failed(f"the store refused the request ({answer})"))
+
+
+def unreachable(operation: Operation, reason: str) -> UnreachableError:
+    """Return the error of a try that did not even get a connection."""
+    return UnreachableError(operation.failed(reason))
 
 
 def unavailable(operation: Operation, reason: str) -> StoreUnavailableError:
