@@ -11,6 +11,7 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from urllib.parse import quote
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -47,6 +48,15 @@ class Request:
     headers: Mapping[str, str]
 
 
+@lru_cache(maxsize=16)
+def _signing_key(secret: str, day: str, region: str) -> bytes:
+    """Derive the key of one day: the same for every request of it, so derived once."""
+    key = ("AWS4" + secret).encode()
+    for part in (day, region, "s3", "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
+
+
 def signed_headers(request: Request, credentials: Credentials, *, region: str, wall_s: float) -> dict[str, str]:
     """Return all headers to send: those of the request, the date, the payload's hash, and Authorization."""
     stamp = datetime.fromtimestamp(wall_s, UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -58,9 +68,7 @@ def signed_headers(request: Request, credentials: Credentials, *, region: str, w
     canonical = "\n".join((request.method, request.path, request.query, lines, names, EMPTY_SHA256))
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
-    key = ("AWS4" + credentials.secret_access_key).encode()
-    for part in (stamp[:8], region, "s3", "aws4_request"):
-        key = hmac.digest(key, part.encode(), "sha256")
+    key = _signing_key(credentials.secret_access_key, stamp[:8], region)
     signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
     headers["authorization"] = (
         f"AWS4-HMAC-SHA256 Credential={credentials.access_key_id}/{scope},SignedHeaders={names},Signature={signature}"
