@@ -233,6 +233,28 @@ def test_a_hit_sends_nothing(tmp_path: Path, store: VersionedStore) -> None:
         assert (store.requests, node.activity.requests_total) == (requests, served)
 
 
+def test_an_open_handle_finds_what_was_fetched_anew(tmp_path: Path, store: VersionedStore) -> None:
+    """When what it has open was evicted, and fetched again for it, a handle reads the new files from disk: the bytes
+    do not come through the daemon, and come from the store once."""
+    for key, size in (("small", 1000), ("large", 2 * EXTENT)):
+        store.put(key, data_of(key, size))
+    with thread_node(tmp_path, store) as node:
+        client = node.client()
+        for key, size in (("small", 1000), ("large", 2 * EXTENT)):
+            handle = client.open(f"/data/{key}")
+            handle.read(0, 100)
+            node.node.blocks.evict(1 << 30)
+            assert handle.read(size - 100, 100) == data_of(key, size)[-100:]
+            store.reads.clear()
+            assert handle.read(0, size) == data_of(key, size)
+            assert handle.read(0, size) == data_of(key, size)
+            asked = [block for _, start, stop in store.reads for block in range(start // BLOCK, -(-stop // BLOCK))]
+            assert len(asked) == len(set(asked))
+            assert (handle.backing_fd() is None) == (key == "large")
+            handle.close()
+        assert node.node.engine.statistics.uncached_bytes == 0
+
+
 def test_read_many_brings_what_is_missing_together(tmp_path: Path, store: VersionedStore) -> None:
     """A batch of cold files costs one message for the data, and one GET a file."""
     names = [f"{index:03}" for index in range(50)]
