@@ -150,7 +150,8 @@ class ThreadNode:
         self._clients: list[NodeClient] = []
         self._ready = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="thread-node")
+        # A daemon thread: a test that fails in the middle must not keep the process from ending.
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="thread-node", daemon=True)
         self._thread.start()
         assert self._ready.wait(PATIENCE_S), "the node did not start"
         if self._error is not None:
