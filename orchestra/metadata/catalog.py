@@ -10,8 +10,10 @@ requests that the listing took; this costs at most twice the best choice in hind
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import math
@@ -40,6 +42,8 @@ _AWAITED_LIST_REQUESTS_MAX = 4
 # The share of its freshness that a listing has left when it comes, however long it took: listing again and again takes
 # the store's time then, and a folder's names are still used at least half as long as its mount allows.
 _LEFT_OF_SLOW_LISTINGS = 0.5
+# Sorting and writing takes 3 us a row: a larger listing is written by a thread, and others are answered meanwhile.
+_INLINE_ROWS_MAX = 2000
 # Prefixes whose HEADs since their listing grew old are counted; forgetting one costs a few HEADs.
 _COUNTED_PREFIXES_MAX = 4096
 
@@ -155,6 +159,7 @@ class Catalog:
                 )
                 return record.find(name)
             self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix, freshness_s))
+        asked_ns = self._clock.now_ns()
         entry = await self._entry_of(store, key, name)
         if old is not None and _differ(old.find(name), entry):
             # The listing is known to be wrong now; a reader must not find the old row in it.
@@ -165,7 +170,8 @@ class Catalog:
             if entry is not None:
                 builder.add(entry)
             try:
-                self._publish(self._layout.attr_file(record_name(store.store_id, key)), builder, requests=1)
+                path = self._layout.attr_file(record_name(store.store_id, key))
+                self._publish(path, builder, requests=1, fetched_ns=self._counts_from(asked_ns, freshness_s))
             except OSError as error:
                 # Whoever asked has the answer all the same; the next one asks again.
                 log.warning("what is known of %r cannot be published: %s", key, error)
@@ -226,8 +232,9 @@ class Catalog:
         self._heads_since_old.pop((store.store_id, prefix), None)
         path = self._layout.listing_file(record_name(store.store_id, prefix))
         fetched_ns = self._counts_from(asked_ns, freshness_s)
+        publish = functools.partial(self._publish, path, builder, requests=max(1, pages), fetched_ns=fetched_ns)
         try:
-            raw = self._publish(path, builder, requests=max(1, pages), fetched_ns=fetched_ns)
+            raw = await asyncio.to_thread(publish) if len(builder) > _INLINE_ROWS_MAX else publish()
         except OSError as error:
             raise CacheDirectoryError(
                 f"the listing of {prefix or '/'} of {store.store_id} cannot be kept in the cache directory: "
@@ -236,7 +243,7 @@ class Catalog:
         return Record(memoryview(raw), (0, 0))
 
     def _counts_from(self, asked_ns: int, freshness_s: float) -> int:
-        """Return when a listing's age begins: when it was asked for, but half of `freshness_s` is always left of it.
+        """Return when an answer's age begins: when it was asked for, but half of `freshness_s` is always left of it.
 
         A million names take longer to list than the usual freshness of a minute: such a listing would be too old for
         everybody when it comes, and each name in it would cost a HEAD.
@@ -245,12 +252,11 @@ class Catalog:
             return asked_ns
         return max(asked_ns, self._clock.now_ns() - int(freshness_s * (1 - _LEFT_OF_SLOW_LISTINGS) * 1e9))
 
-    def _publish(self, path: str, builder: RecordBuilder, *, requests: int, fetched_ns: int | None = None) -> bytes:
-        """Write the record and return its bytes. Its age counts from `fetched_ns`, by default from now. Raises
-        OSError."""
+    def _publish(self, path: str, builder: RecordBuilder, *, requests: int, fetched_ns: int) -> bytes:
+        """Write the record and return its bytes. Its age counts from `fetched_ns`. Raises OSError."""
         raw = builder.pack(
             boot_id=self._boot_id,
-            fetched_ns=self._clock.now_ns() if fetched_ns is None else fetched_ns,
+            fetched_ns=fetched_ns,
             wall_s=self._clock.wall_s(),
             requests=requests,
         )
