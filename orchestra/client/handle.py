@@ -84,7 +84,8 @@ class NodeHandle:
         window = _WINDOW_BLOCKS * self._block_size
         if length > window and self._local.missing_blocks(ByteRange(offset, offset + 1)):
             # Have the store send while the memory is being made.
-            self._client.ensure(self._entry, offset, offset + 1, ahead_stop=offset + length, suspect=False)
+            digest = self._digest.hex()
+            self._client.ensure(self._entry, digest, offset, offset + 1, ahead_stop=offset + length, suspect=False)
         result = io.BytesIO()
         result.seek(length - 1)
         result.write(b"\0")
@@ -139,6 +140,7 @@ class NodeHandle:
     def _read_missing(self, offset: int, view: memoryview, *, ahead_stop: int) -> None:
         """Fill all of `view`, asking the daemon. Raises StaleObjectError, StoreError."""
         suspect = False
+        digest = self._digest.hex()
         for _ in range(_LOCAL_TRIES_MAX):
             try:
                 count = self._local.readinto(offset, view)
@@ -149,7 +151,7 @@ class NodeHandle:
             except CorruptBlockError:
                 suspect = True
             is_kept = self._client.ensure(
-                self._entry, offset, offset + len(view), ahead_stop=ahead_stop, suspect=suspect
+                self._entry, digest, offset, offset + len(view), ahead_stop=ahead_stop, suspect=suspect
             )
             self._local.forget()
             if not is_kept:
@@ -161,7 +163,7 @@ class NodeHandle:
                     return
             except CorruptBlockError:
                 pass  # the bytes over the socket are checked at their source
-        count = self._client.read_through(self._entry, offset, view)
+        count = self._client.read_through(self._entry, digest, offset, view)
         if count != len(view):
             raise StoreError(f"{self._entry.path}: asked for {len(view)} bytes at {offset}, got {count}")
         self._note(self._client.note_miss, offset, count)

@@ -230,20 +230,20 @@ class NodeClient:
         """How objects are cut."""
         return self._current().geometry
 
-    def ensure(self, entry: Entry, start: int, stop: int, *, ahead_stop: int, suspect: bool) -> bool:
-        """Have the daemon make [start, stop) present; True if it is, False if there is no room to keep it.
+    def ensure(self, entry: Entry, digest: str, start: int, stop: int, *, ahead_stop: int, suspect: bool) -> bool:
+        """Have the daemon make [start, stop) of the object present; True if it is, False if there is no room for it.
 
         It goes on to fetch up to `ahead_stop` without being waited for. `suspect`: a checksum did not match.
         """
-        body = _wanted(entry, start, stop)
+        body = _wanted(entry, digest, start, stop)
         body["ahead_stop"] = ahead_stop
         if suspect:
             body["suspect"] = True
         return bool(self.daemon_request("POST", "/v1/ensure", body)["kept"])
 
-    def read_through(self, entry: Entry, offset: int, view: memoryview) -> int:
+    def read_through(self, entry: Entry, digest: str, offset: int, view: memoryview) -> int:
         """Have the daemon send the bytes: when they cannot be kept, or not be read here."""
-        body = _wanted(entry, offset, offset + len(view))
+        body = _wanted(entry, digest, offset, offset + len(view))
         return self._with_daemon(lambda connection: connection.read_into("/v1/read", body, view))
 
     def note_hit(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
@@ -429,8 +429,15 @@ def _existing(known: Known, path: str) -> RecordEntry:
     return known.entry
 
 
-def _wanted(entry: Entry, start: int, stop: int) -> dict[str, Any]:
-    return {"path": entry.path, "version": entry.version, "size_bytes": entry.size_bytes, "start": start, "stop": stop}
+def _wanted(entry: Entry, digest: str, start: int, stop: int) -> dict[str, Any]:
+    return {
+        "path": entry.path,
+        "version": entry.version,
+        "digest": digest,
+        "size_bytes": entry.size_bytes,
+        "start": start,
+        "stop": stop,
+    }
 
 
 def _entry_from_wire(path: str, body: dict[str, Any]) -> Entry:

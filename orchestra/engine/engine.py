@@ -23,7 +23,6 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.store import BlockStore
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import (
-    IsADirectoryPathError,
     NotADirectoryPathError,
     NotFoundError,
     StaleObjectError,
@@ -147,14 +146,24 @@ class Engine:
 
     # -- data ------------------------------------------------------------------------------------------------------
 
-    def want(self, path: str, info_version: str, size_bytes: int, byte_range: ByteRange) -> Wanted:
-        """Return what a reader means who opened that version of `path`. Raises NotFoundError, IsADirectoryPathError."""
-        location = self._locate(path)
+    def want(self, path: str, info_version: str, size_bytes: int, byte_range: ByteRange, *, digest: str = "") -> Wanted:
+        """Return what a reader means who opened that version of `path` and calls it `digest` ("": it does not say).
+
+        Raises StaleObjectError if the mount that it was opened through is gone or shows another store now.
+        """
+        try:
+            location = self._locate(path)
+        except NotFoundError as error:
+            raise StaleObjectError(f"{path} was unmounted after it was opened: {error}") from error
         if location is None or not location.key:
-            raise IsADirectoryPathError(f"is a directory: {path}")
+            raise StaleObjectError(f"{path} was opened as a file, and is a mount point now; open it again")
         stop = min(byte_range.stop, size_bytes)
         cut = ByteRange(min(byte_range.start, stop), stop)
-        return Wanted(location.mount, ObjectInfo(location.key, size_bytes, 0, info_version), cut)
+        wanted = Wanted(location.mount, ObjectInfo(location.key, size_bytes, 0, info_version), cut)
+        # Two stores may call two contents by one version (size and time): their names in the cache differ all the same.
+        if digest and wanted.object_id.digest() != digest:
+            raise StaleObjectError(f"{path} was opened from another store than is mounted there now; open it again")
+        return wanted
 
     async def ensure(self, wanted: Wanted, priority: Priority = Priority.DEMAND, *, suspect: bool = False) -> bool:
         """Make the bytes present on this node; True if they are, False if there is no room to keep them.

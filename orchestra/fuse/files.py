@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 
 from orchestra.client.contract import Client, Handle
-from orchestra.errors import IsADirectoryPathError, StaleObjectError
+from orchestra.errors import IsADirectoryPathError, NotFoundError, StaleObjectError
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable
 from orchestra.fuse.options import HANDLES_MAX, PAGECACHE_HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
@@ -209,7 +209,11 @@ class Files:
             self.drop(nodeid)
 
     def _open_handle(self, inode: Inode) -> _OpenFile:
-        file = _OpenFile(self._client.open(inode.entry.path, entry=inode.entry))
+        entry = inode.entry
+        try:
+            file = _OpenFile(self._client.open(entry.path, entry=entry))
+        except NotFoundError as error:  # who reads has it open: what is gone is the mount
+            raise StaleObjectError(f"{entry.path} was unmounted after it was opened") from error
         self._handles[inode.nodeid] = file
         if len(self._handles) > self._handles_max:
             self.drop(next(iter(self._handles)))

@@ -47,7 +47,7 @@ async def list_directory(request: web.Request) -> web.Response:
 
 
 async def ensure(request: web.Request) -> web.Response:
-    """POST {path, version, size_bytes, start, stop, ahead_stop?, suspect?} -> {kept}: the bytes are present now.
+    """POST {path, version, digest?, size_bytes, start, stop, ahead_stop?, suspect?} -> {kept}: the bytes are present.
 
     `ahead_stop`: go on fetching up to there in the background.
     """
@@ -120,7 +120,10 @@ def _wanted(node: Node, body: dict[str, Any]) -> Wanted:
     size, start, stop = (typed(body, name, int) for name in ("size_bytes", "start", "stop"))
     if not 0 <= start <= stop <= size:
         raise UsageError(f"not a range of {size} bytes: [{start}, {stop})")
-    return node.engine.want(typed(body, "path", str), typed(body, "version", str), size, ByteRange(start, stop))
+    digest = typed(body, "digest", str, "")
+    return node.engine.want(
+        typed(body, "path", str), typed(body, "version", str), size, ByteRange(start, stop), digest=digest
+    )
 
 
 def _entry_json(entry: RecordEntry) -> dict[str, Any]:
