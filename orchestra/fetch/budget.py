@@ -20,6 +20,11 @@ class Priority(IntEnum):
     BACKGROUND = 4
 
 
+# What is fetched ahead of any reader leaves this much of the budget alone, so that a demand need not wait for its end:
+# of 128 MiB that is 16, four blocks, and 112 in flight still fill 1.2 GB/s at 50 ms and 90 MB/s a connection.
+_KEPT_FOR_READERS_RATIO = 1 / 8
+
+
 @dataclass(order=True, slots=True)
 class _Waiter:
     priority: int
@@ -35,6 +40,7 @@ class ByteBudget:
     def __init__(self, limit_bytes: int) -> None:
         assert limit_bytes > 0
         self._limit = limit_bytes
+        self._limit_ahead = limit_bytes - int(limit_bytes * _KEPT_FOR_READERS_RATIO)
         self._used = 0
         self._waiters: list[_Waiter] = []
         self._serial = itertools.count()
@@ -52,7 +58,7 @@ class ByteBudget:
 
     async def acquire(self, size_bytes: int, priority: Priority) -> None:
         """Return when `size_bytes` are granted; the caller gives them back with `release`."""
-        if not self._waiters and self._fits(size_bytes):
+        if self._fits(size_bytes, priority) and not (self._waiters and self._waiters[0].priority <= priority):
             self._grant(size_bytes)
             return
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -86,15 +92,16 @@ class ByteBudget:
                 self._wake()
                 return
 
-    def _fits(self, size_bytes: int) -> bool:
-        return self._used + size_bytes <= self._limit or not self._used
+    def _fits(self, size_bytes: int, priority: int) -> bool:
+        limit = self._limit if priority < Priority.PLAN else self._limit_ahead
+        return self._used + size_bytes <= limit or not self._used
 
     def _grant(self, size_bytes: int) -> None:
         self._used += size_bytes
         self.peak_bytes = max(self.peak_bytes, self._used)
 
     def _wake(self) -> None:
-        while self._waiters and self._fits(self._waiters[0].size_bytes):
+        while self._waiters and self._fits(self._waiters[0].size_bytes, self._waiters[0].priority):
             waiter = heapq.heappop(self._waiters)
             if not waiter.granted.done():
                 self._grant(waiter.size_bytes)

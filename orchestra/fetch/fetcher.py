@@ -12,6 +12,7 @@ from typing import Any
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
 from orchestra.stores.contract import Buffer, UnderStore
+from orchestra.stores.limit import PATIENT_URGENCY, URGENCY
 from orchestra.values import ByteRange, ObjectInfo
 
 
@@ -22,6 +23,9 @@ class FetchStatistics:
     requests: int = 0
     bytes_fetched: int = 0
     failures: int = 0
+
+
+assert PATIENT_URGENCY == Priority.PLAN, "the store's window and the budget keep room for the same readers"
 
 
 class Fetcher:
@@ -46,6 +50,7 @@ class Fetcher:
         await self._budget.acquire(byte_range.length, priority)
         try:
             self.statistics.requests += 1
+            URGENCY.set(priority)
             try:
                 data = await store.read(info, byte_range)
             except BaseException:

@@ -41,9 +41,22 @@ async def test_what_fits_is_granted_at_once() -> None:
     """Requests within the budget wait for nothing."""
     budget = ByteBudget(100)
     await budget.acquire(60, DEMAND)
-    await budget.acquire(40, BACKGROUND)
+    await budget.acquire(40, READAHEAD)
     assert budget.used_bytes == 100
     assert budget.waiting_count == 0
+
+
+async def test_what_nobody_waits_for_leaves_room_for_a_reader() -> None:
+    """However much is loaded ahead, an eighth of the budget is there for a demand, which is granted at once."""
+    grants = Grants(ByteBudget(80))
+    for number in range(10):
+        await grants.ask(f"load {number}", 10, Priority.LOAD)
+    assert grants.budget.used_bytes == 70
+    await grants.ask("demand", 10, DEMAND)
+    assert grants.order == [*(f"load {number}" for number in range(7)), "demand"]
+    grants.budget.release(10)
+    await settled()
+    assert grants.order[-1] == "demand"
 
 
 async def test_the_budget_bounds_what_is_in_flight() -> None:

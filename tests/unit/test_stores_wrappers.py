@@ -17,7 +17,7 @@ from orchestra.config import FetchConfig
 from orchestra.errors import NotFoundError, StaleObjectError, StoreError, StoreUnavailableError, from_wire, to_wire
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import CountingStore, StoreStatistics, statistics_of
-from orchestra.stores.limit import LimitedStore, RequestWindow
+from orchestra.stores.limit import PATIENT_URGENCY, LimitedStore, RequestWindow
 from orchestra.stores.pages import PagedListing, listing_that_arrives_whole
 from orchestra.stores.registry import wrapped
 from orchestra.stores.retry import RetryPolicy, RetryStore, backoff_s
@@ -279,6 +279,23 @@ async def test_turns_come_in_order_and_survive_cancelling() -> None:
     window.release(waiting[2].result(), was_throttled=False, succeeded=True)
     window.release(await waiting[3], was_throttled=False, succeeded=True)
     assert window.in_flight == 0
+
+
+async def test_a_demand_has_a_turn_while_loads_hold_the_window() -> None:
+    """Loads never take the last turn, so a demand starts at once; what waits is served by urgency, then by age."""
+    window = RequestWindow(8)
+    loads = [asyncio.create_task(window.acquire(PATIENT_URGENCY)) for _ in range(10)]
+    await asyncio.sleep(0)
+    assert window.in_flight == 7
+    await asyncio.wait_for(window.acquire(0), 1)
+    assert window.in_flight == 8
+    demand = asyncio.create_task(window.acquire(0))
+    await asyncio.sleep(0)
+    window.release(loads[0].result(), was_throttled=False, succeeded=True)
+    await asyncio.sleep(0)
+    assert demand.done() and not any(load.done() for load in loads[7:])
+    for load in loads:
+        load.cancel()
 
 
 # retry
