@@ -19,6 +19,7 @@ from fsspec.spec import AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path
 
 from orchestra.client.reading import RangeReader, RawFile, in_parallel, read_slice
+from orchestra.client.shared import close_shared_clients, shared_client
 from orchestra.errors import NotADirectoryPathError, NotFoundError, OrchestraError, ReadOnlyError
 
 if TYPE_CHECKING:
@@ -28,28 +29,6 @@ if TYPE_CHECKING:
 _SCHEME = "orchestra://"
 # What a small read of an open file fetches from the local disk: 5 us of copying, against 3 us for the call itself.
 FILE_BUFFER_SIZE_BYTES = 64 * 1024
-
-# One client a process for each configuration, however many instances fsspec makes (one per thread and set of options).
-# No lock guards it: a lock held by another thread at a fork would stay held in the child for ever.
-_clients: dict[object, Client] = {}
-
-
-def _shared_client(config: str | None) -> Client:
-    variables = frozenset(item for item in os.environ.items() if item[0].startswith("ORCHESTRA_"))
-    try:
-        folder = os.getcwd()
-    except FileNotFoundError:
-        folder = ""  # it was removed, so no configuration is found in it
-    key = (config, folder, variables)
-    client = _clients.get(key)
-    if client is None:
-        from orchestra.client.connect import connect
-
-        made = connect(config)
-        client = _clients.setdefault(key, made)
-        if client is not made:
-            made.close()
-    return client
 
 
 class OrchestraFileSystem(AbstractFileSystem):  # type: ignore[misc]
@@ -76,15 +55,14 @@ class OrchestraFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def client(self) -> Client:
         """The process's client for this configuration, made at first use. Raises ConfigError."""
         if self._client is None:
-            self._client = _shared_client(self._config)
+            self._client = shared_client(self._config)
         return self._client
 
     @classmethod
     def clear_instance_cache(cls) -> None:
         """Forget fsspec's instances and close their clients, which reconnect if an instance is still in use."""
         super().clear_instance_cache()
-        while _clients:
-            _clients.popitem()[1].close()
+        close_shared_clients()
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:

@@ -1,0 +1,154 @@
+"""Tables and arrays out of files: Parquet, Arrow, CSV and npy, in the namespace or on this machine.
+
+Owns: which reader a file's name asks for, columns to matrices, mapping what is on this machine instead of copying it.
+Leaves to others: the bytes (client), batches and cubes (their modules). pyarrow is imported when a table is first read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestra.client.locations import namespace_path, open_binary
+from orchestra.client.shared import shared_client
+from orchestra.errors import UsageError
+
+_ARROW = (".arrow", ".feather", ".ipc")
+_CSV = (".csv", ".csv.gz", ".csv.bz2")
+_KINDS = {".parquet": "parquet", ".npy": "npy", **dict.fromkeys(_ARROW, "arrow"), **dict.fromkeys(_CSV, "csv")}
+_COMPRESSED = {".gz": "gzip", ".bz2": "bz2"}
+
+
+def kind_of(path: str) -> str:
+    """Return "parquet", "arrow", "csv" or "npy". Raises UsageError for any other name."""
+    for ending, kind in _KINDS.items():
+        if path.lower().endswith(ending):
+            return kind
+    raise UsageError(f"{path}: expected a file that ends in one of {', '.join(_KINDS)}")
+
+
+def read_array(path: str, config: str | None = None) -> np.ndarray[Any, Any]:
+    """Return what an npy file holds. What lies whole on this machine is mapped, private to the caller: writing into the
+    array changes no file. Anything else is read."""
+    inside = namespace_path(path)
+    if inside is None:
+        with open_binary(path):  # says in one line what is missing
+            pass
+        return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+    with open_binary(path, config) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(file)
+        if dtype.hasobject:
+            raise UsageError(f"{path}: holds Python objects, which are never loaded from a file")
+        data = _map_object(inside, config)
+        array = np.frombuffer(data, dtype, count=int(np.prod(shape)), offset=file.tell())
+    return array.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _map_object(path: str, config: str | None) -> mmap.mmap | bytearray:
+    """Return an object's bytes: mapped from the cache directory if one file there holds them all, else read."""
+    handle = shared_client(config).open(path)
+    try:
+        fd = handle.backing_fd()
+        if fd is None:
+            data = bytearray(handle.entry.size_bytes)
+            handle.readinto(0, data)
+            return data
+        return mmap.mmap(fd, handle.entry.size_bytes, access=mmap.ACCESS_COPY)
+    finally:
+        handle.close()
+
+
+def read_table(path: str, columns: Sequence[str] | None = None, config: str | None = None) -> Any:
+    """Return a table (pyarrow.Table) of those columns, all if None."""
+    pieces = list(iterate_table(path, columns, config))
+    return arrow().concat_tables(pieces) if len(pieces) != 1 else pieces[0]
+
+
+def iterate_table(path: str, columns: Sequence[str] | None = None, config: str | None = None) -> Iterator[Any]:
+    """Yield a table in the pieces it is stored in (row groups, record batches), as tables, at least one."""
+    kind = kind_of(path)
+    with open_binary(path, config) as file:
+        if kind == "parquet":
+            yield from _parquet_pieces(file, columns)
+        elif kind == "arrow":
+            reader = arrow("ipc").open_file(file)
+            schema = reader.schema
+            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            yield from _as_tables(batches, schema, columns)
+        elif kind == "csv":
+            codec = _COMPRESSED.get(os.path.splitext(path.lower())[1])
+            stream = arrow().CompressedInputStream(file, codec) if codec else file
+            reader = arrow("csv").open_csv(stream)
+            yield from _as_tables(iter(reader), reader.schema, columns)
+        else:
+            raise UsageError(f"{path}: expected a table (Parquet, Arrow or CSV), this is an array")
+
+
+def _parquet_pieces(file: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+    parquet = arrow("parquet").ParquetFile(file, pre_buffer=True)
+    for index in range(parquet.num_row_groups):
+        yield parquet.read_row_group(index, columns=None if columns is None else list(columns))
+    if not parquet.num_row_groups:
+        yield parquet.read(columns=None if columns is None else list(columns))
+
+
+def _as_tables(batches: Iterator[Any], schema: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        table = arrow().Table.from_batches([batch], schema)
+        yield table if columns is None else table.select(list(columns))
+    if is_empty:
+        table = schema.empty_table()
+        yield table if columns is None else table.select(list(columns))
+
+
+def first_rows(path: str, count: int, config: str | None = None) -> Any:
+    """Return the first `count` rows of a table (fewer if it has fewer), reading no further than needed."""
+    pieces: list[Any] = []
+    found = 0
+    for piece in iterate_table(path, None, config):
+        pieces.append(piece)
+        found += piece.num_rows
+        if found >= count:
+            break
+    return arrow().concat_tables(pieces).slice(0, count)
+
+
+def column_values(table: Any, name: str, dtype: Any = None) -> np.ndarray[Any, Any]:
+    """Return one column as numbers; a missing value is NaN. Raises UsageError if there is no such column of numbers."""
+    if name not in table.column_names:
+        raise UsageError(f"no column {name!r}; there are {', '.join(map(str, table.column_names))}")
+    values: np.ndarray[Any, Any] = table[name].to_numpy()
+    if values.dtype.hasobject:
+        raise UsageError(f"column {name!r} holds {table[name].type}, not numbers")
+    return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def to_matrix(table: Any, columns: Sequence[str], dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+    """Return the columns side by side, one row of memory a row of the table."""
+    matrix = np.empty((table.num_rows, len(columns)), dtype)
+    for index, name in enumerate(columns):
+        matrix[:, index] = column_values(table, name)
+    return matrix
+
+
+def arrow(module: str = "") -> Any:
+    """Return pyarrow, or a module of it. Raises UsageError where it is not installed."""
+    try:
+        return importlib.import_module(f"pyarrow.{module}" if module else "pyarrow")
+    except ModuleNotFoundError as error:
+        raise UsageError("reading tables needs pyarrow: pip install pyarrow") from error
+
+
+def is_path(source: object) -> bool:
+    """Whether a source is the path of a file rather than data."""
+    return isinstance(source, (str, Path))
