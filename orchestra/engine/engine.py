@@ -201,6 +201,11 @@ class Engine:
         """Whether that block is being fetched."""
         return (digest, block_index) in self._flights
 
+    def holds_some(self, wanted: Wanted) -> bool:
+        """Whether there is a file that may hold the first of these bytes; False is certain. Costs no system call."""
+        block = wanted.byte_range.start // self._geometry.block_size_bytes
+        return self._blocks.holds(wanted.object_id.digest(), wanted.info.size_bytes, block)
+
     async def read_uncached(self, wanted: Wanted) -> AsyncIterator[Buffer]:
         """Yield the bytes straight from the store, in order, part by part: when there is no room to keep them, or
         for a reader that may not read the cache directory."""
