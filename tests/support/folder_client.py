@@ -19,7 +19,10 @@ from orchestra.values import Entry, EntryKind, weak_version
 
 
 class FolderView:
-    """Entries sorted by name."""
+    """Entries sorted by name; `hidden_*` as a node's view has them."""
+
+    hidden_count = 0
+    hidden_example = ""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._entries = sorted(entries, key=lambda entry: entry.name)
