@@ -78,10 +78,11 @@ def status(session: Session, as_json: bool) -> None:
     if as_json:
         print_json(answer)
     else:
-        print_fields(_status_fields(answer))
+        print_fields(status_fields(answer))
 
 
-def _status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
+def status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what `daemon status` prints, line by line."""
     used, capacity = answer["used_bytes"], answer["capacity_bytes"]
     return [
         ("pid", str(answer["pid"])),
@@ -90,6 +91,7 @@ def _status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
         ("cache directory", str(answer["cache_dir"])),
         ("cached", f"{format_size(used)} of {format_size(capacity)}"),
         ("up for", format_duration(answer["uptime_s"])),
+        *(("hidden keys", f"{row['count']} in {row['mount']}, such as {row['example']}") for row in answer["hidden"]),
     ]
 
 

@@ -1,17 +1,15 @@
-"""`orchestra ls, cat, stat, du, cp` and the refusals of `rm` and `mkdir`: files of the namespace.
+"""`orchestra ls, cat, stat, du` and the refusals of `rm` and `mkdir`: files of the namespace.
 
-Owns: walking, what is printed, names on the local side of `cp`. Leaves to others: everything about data (client).
+Owns: walking, what is printed. Leaves to others: everything about data (client), `cp` (copying).
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,29 +25,27 @@ from orchestra.cli.output import (
     printable,
 )
 from orchestra.cli.session import Session, pass_session
-from orchestra.client.contract import Client
-from orchestra.client.export import export_file, read_pieces
+from orchestra.client.export import read_pieces
 from orchestra.config_mounts import uri_without_password
-from orchestra.errors import IsADirectoryPathError, NotFoundError, OrchestraError, ReadOnlyError
+from orchestra.errors import ReadOnlyError
 from orchestra.units import format_size
 from orchestra.values import Entry
 
-# Copies of `cp -r` in flight: hides a store's latency for small files, and stays far below the limit of open files.
-COPIES_AT_ONCE_MAX = 16
-# Copies handed out before waiting for them, so that a tree of any size takes bounded memory.
-COPIES_BATCH = 1024
+if TYPE_CHECKING:
+    from orchestra.client.directory import NodeDirectory
+    from orchestra.client.node import NodeClient
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print exact values as JSON.")
 
 
-def walk(client: Client, root: Entry) -> Iterator[Entry]:
+def walk(list_directory: Callable[[str], Iterable[Entry]], root: Entry) -> Iterator[Entry]:
     """Yield `root` and everything below it, a directory before what it holds, names in order."""
     pending = [root]
     while pending:
         entry = pending.pop()
         yield entry
         if entry.is_directory:
-            pending.extend(reversed(list(client.list(entry.path))))
+            pending.extend(reversed(list(list_directory(entry.path))))
 
 
 @click.command()
@@ -61,32 +57,62 @@ def walk(client: Client, root: Entry) -> Iterator[Entry]:
 def ls(session: Session, paths: tuple[str, ...], long: bool, recursive: bool, as_json: bool) -> None:
     """List folders and files."""
     client = session.client
+    lister = _Lister(client)
     roots = [client.stat(path) for path in paths or ("/",)]
     if as_json:
-        print_json([entry_fields(entry) for root in roots for entry in _listed(client, root, recursive)])
-        return
+        print_json([entry_fields(entry) for root in roots for entry in _listed(lister, root, recursive)])
+    else:
+        _print_listing(lister, roots, long=long, recursive=recursive)
+    lister.warn()
+
+
+class _Lister:
+    """Lists directories, and remembers how many keys were there that no path can show."""
+
+    def __init__(self, client: NodeClient) -> None:
+        self._client = client
+        self._hidden: dict[str, tuple[int, str]] = {}
+
+    def list(self, path: str) -> NodeDirectory:
+        """See Client."""
+        view = self._client.list(path)
+        if view.hidden_count:
+            self._hidden[path] = view.hidden_count, f"{path.rstrip('/')}/{view.hidden_example}"
+        return view
+
+    def warn(self) -> None:
+        """Say so, in one line, if there were any."""
+        if not self._hidden:
+            return
+        count = sum(count for count, _ in self._hidden.values())
+        _, example = next(iter(self._hidden.values()))
+        what = f"{count} {'key is' if count == 1 else 'keys are'} hidden that no path can show"
+        click.echo(f"orchestra: warning: {what}, such as {printable(example)}", err=True)
+
+
+def _print_listing(lister: _Lister, roots: list[Entry], *, long: bool, recursive: bool) -> None:
     files = [root for root in roots if not root.is_directory]
     print_lines(entry_line(entry, entry.path, long=long) for entry in files)
     folders = [root for root in roots if root.is_directory]
     headed = recursive or len(roots) > 1
     first = not files
     for root in folders:
-        for folder in walk(client, root) if recursive else [root]:
+        for folder in walk(lister.list, root) if recursive else [root]:
             if not folder.is_directory:
                 continue
             if headed:
                 print_lines([f"{'' if first else chr(10)}{printable(folder.path)}:"])
             first = False
-            print_lines(entry_line(entry, entry.name, long=long) for entry in client.list(folder.path))
+            print_lines(entry_line(entry, entry.name, long=long) for entry in lister.list(folder.path))
 
 
-def _listed(client: Client, root: Entry, recursive: bool) -> Iterator[Entry]:
+def _listed(lister: _Lister, root: Entry, recursive: bool) -> Iterator[Entry]:
     if not root.is_directory:
         yield root
     elif recursive:
-        yield from islice(walk(client, root), 1, None)
+        yield from islice(walk(lister.list, root), 1, None)
     else:
-        yield from client.list(root.path)
+        yield from lister.list(root.path)
 
 
 @click.command()
@@ -185,7 +211,7 @@ def _usage(session: Session, path: str, summarize: bool) -> list[dict[str, Any]]
     client = session.client
     root = client.stat(path)
     rows: dict[str, dict[str, Any]] = {}
-    for entry in walk(client, root):
+    for entry in walk(client.list, root):
         if (entry.is_directory and not summarize) or entry is root:
             rows[entry.path] = {"path": entry.path, "files": 0, "bytes": 0, "cached_bytes": 0}
         if entry.is_directory:
@@ -205,79 +231,6 @@ def _path_and_parents(path: str) -> Iterator[str]:
         yield path
         path = path.rpartition("/")[0]
     yield "/"
-
-
-@click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
-@click.option("-r", "-R", "--recursive", is_flag=True, help="Copy a folder and everything below it.")
-@pass_session
-def cp(session: Session, source: str, target: str, recursive: bool) -> None:
-    """Copy a file, or a folder with -r, to this machine.
-
-    SRC is a path of the namespace (/imagenet/a.jpg), DST a local file or folder. A local file is replaced in one step.
-    """
-    if not source.startswith(("/", "orchestra://")) or target.startswith("orchestra://"):
-        raise ReadOnlyError(
-            f"cannot copy {source} to {target}: this version reads the namespace, and cannot write to it"
-        )
-    client = session.client
-    path = "/" + source.removeprefix("orchestra://").lstrip("/") if source.startswith("orchestra://") else source
-    try:
-        root = client.stat(path)
-    except NotFoundError as error:
-        if Path(source).exists():
-            raise ReadOnlyError(
-                f"cannot copy the local {source} to {target}: this version reads the namespace, and cannot write to it"
-            ) from error
-        raise
-    if root.is_directory and not recursive:
-        raise IsADirectoryPathError(f"{root.path} is a folder; copy it with: orchestra cp -r")
-    destination = Path(target)
-    if destination.is_dir():
-        destination = destination / root.name
-    elif target.endswith("/") and not root.is_directory:
-        raise OrchestraError(f"cannot write {target}: no such folder")
-    _copy_tree(client, root, destination)
-
-
-def _copy_tree(client: Client, root: Entry, destination: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor  # 10 ms that no other command needs
-
-    files = _make_folders(client, root, destination)
-    executor = ThreadPoolExecutor(COPIES_AT_ONCE_MAX, thread_name_prefix="orchestra-cp")
-    try:
-        while batch := list(islice(files, COPIES_BATCH)):
-            for _ in executor.map(lambda copy: _copy_file(client, *copy), batch):
-                pass
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _make_folders(client: Client, root: Entry, destination: Path) -> Iterator[tuple[Entry, Path]]:
-    """Make the local folder of each directory below `root` and yield each file with its local path."""
-    for entry in walk(client, root):
-        below = entry.path[len(root.path) :].strip("/")
-        # A key of a store may be named so; here it would write outside the destination.
-        if any(part in ("", ".", "..") for part in below.split("/") if below) or "\0" in below:
-            raise OrchestraError(f"refusing to copy {entry.path}: its name would leave {destination}")
-        local = destination / below if below else destination
-        if not entry.is_directory:
-            yield entry, local
-            continue
-        try:
-            local.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OrchestraError(f"cannot make the folder {local}: {error.strerror}") from error
-
-
-def _copy_file(client: Client, entry: Entry, local: Path) -> None:
-    try:
-        export_file(client, entry, local)
-    except OSError as error:
-        if isinstance(error, OrchestraError):
-            raise
-        raise OrchestraError(f"cannot write {os.fspath(local)}: {error.strerror or error}") from error
 
 
 @click.command()

@@ -34,7 +34,7 @@ _OUTPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 COMMANDS = MappingProxyType(
     {
         "cat": ("orchestra.cli.files:cat", "Write files to standard output."),
-        "cp": ("orchestra.cli.files:cp", "Copy a file, or a folder with -r, to this machine."),
+        "cp": ("orchestra.cli.copying:cp", "Copy a file, or a folder with -r, to this machine."),
         "daemon": ("orchestra.cli.daemon:daemon", "Run, start, stop and ask the node daemon."),
         "demo": ("orchestra.cli.demo:demo", "Train from a mounted S3 bucket, cold and warm, on this machine."),
         "du": ("orchestra.cli.files:du", "Show how many bytes a tree has, and how many of them are cached."),

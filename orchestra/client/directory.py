@@ -52,6 +52,16 @@ class NodeDirectory:
     def __hash__(self) -> int:
         return hash((self._path, id(self._record)))
 
+    @property
+    def hidden_count(self) -> int:
+        """How many keys below the directory no path can show: "a//b", "..", a file that is a directory as well."""
+        return self._record.hidden_count if self._record is not None else 0
+
+    @property
+    def hidden_example(self) -> str:
+        """One of them, as it follows the directory's path; "" if there is none."""
+        return self._record.hidden_example.decode("utf-8", "surrogateescape") if self._record is not None else ""
+
     def __len__(self) -> int:
         rows = len(self._record) if self._record is not None else 0
         return rows - len(self._hidden) + len(self._mounts)

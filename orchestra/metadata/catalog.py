@@ -44,7 +44,8 @@ _AWAITED_LIST_REQUESTS_MAX = 4
 _LEFT_OF_SLOW_LISTINGS = 0.5
 # Sorting and writing takes 3 us a row: a larger listing is written by a thread, and others are answered meanwhile.
 _INLINE_ROWS_MAX = 2000
-# Prefixes whose HEADs since their listing grew old are counted; forgetting one costs a few HEADs.
+# Prefixes whose HEADs since their listing grew old are counted, and those with hidden keys; forgetting one costs a few
+# HEADs, or makes a number in the status too small.
 _COUNTED_PREFIXES_MAX = 4096
 
 
@@ -92,6 +93,7 @@ class Catalog:
         self._stats: Flights[RecordEntry | None] = Flights("look-up", clock)
         self._lists: Flights[Record] = Flights("listing", clock)
         self._heads_since_old: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._hidden: OrderedDict[tuple[str, str], tuple[int, str]] = OrderedDict()
         self._serial = itertools.count()
         self.statistics = MetadataStatistics()
 
@@ -222,13 +224,13 @@ class Catalog:
                 if self._is_shown_name(name):
                     builder.add_object(name, info)
                 elif name:
-                    builder.hidden_count += 1
+                    builder.hide(name)
             for child in page.prefixes:
                 name = child[len(prefix) : -1].encode("utf-8", "surrogateescape")
                 if self._is_shown_name(name):
                     builder.add(RecordEntry(name, EntryKind.DIRECTORY, 0, 0, ""))
                 else:
-                    builder.hidden_count += 1
+                    builder.hide(name + b"/")
         self._heads_since_old.pop((store.store_id, prefix), None)
         path = self._layout.listing_file(record_name(store.store_id, prefix))
         fetched_ns = self._counts_from(asked_ns, freshness_s)
@@ -240,7 +242,22 @@ class Catalog:
                 f"the listing of {prefix or '/'} of {store.store_id} cannot be kept in the cache directory: "
                 f"{error.strerror}; free some space there"
             ) from error
-        return Record(memoryview(raw), (0, 0))
+        record = Record(memoryview(raw), (0, 0))
+        self._note_hidden(store.store_id, prefix, record)
+        return record
+
+    def hidden(self, store_id: str) -> tuple[int, str]:
+        """Return how many keys of the store no folder can show, in what was listed since the start, and one of them."""
+        found = [hidden for (store, _), hidden in self._hidden.items() if store == store_id]
+        return sum(count for count, _ in found), found[0][1] if found else ""
+
+    def _note_hidden(self, store_id: str, prefix: str, record: Record) -> None:
+        self._hidden.pop((store_id, prefix), None)
+        if record.hidden_count:
+            example = prefix + record.hidden_example.decode("utf-8", "surrogateescape")
+            self._hidden[(store_id, prefix)] = (record.hidden_count, example)
+            if len(self._hidden) > _COUNTED_PREFIXES_MAX:
+                self._hidden.popitem(last=False)
 
     def _counts_from(self, asked_ns: int, freshness_s: float) -> int:
         """Return when an answer's age begins: when it was asked for, but half of `freshness_s` is always left of it.

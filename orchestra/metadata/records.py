@@ -59,9 +59,15 @@ class RecordBuilder:
         self._mtimes = array("q")
         self._kinds = bytearray()
         self.hidden_count = 0
+        self.hidden_example = b""
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def hide(self, name: bytes) -> None:
+        """Count what no folder can show; the first `name` (below the prefix, "/" after a directory's) is told."""
+        self.hidden_count += 1
+        self.hidden_example = self.hidden_example or name
 
     def add(self, entry: RecordEntry) -> None:
         """Append a row, in any order."""
@@ -94,6 +100,7 @@ class RecordBuilder:
                 kinds,
                 names,
                 versions,
+                self.hidden_example,
             )
         )
         header = _HEADER.pack(
@@ -119,8 +126,12 @@ class RecordBuilder:
         """Row numbers in order of name, without files that a directory of the same name hides."""
         names = [self._name(i) for i in range(len(self))]
         order = sorted(range(len(self)), key=lambda i: (names[i], -self._kinds[i]))  # directories (2) before files (1)
-        kept = [i for at, i in enumerate(order) if at == 0 or names[i] != names[order[at - 1]]]
-        self.hidden_count += len(order) - len(kept)
+        kept = []
+        for at, i in enumerate(order):
+            if at and names[i] == names[order[at - 1]]:
+                self.hide(names[i])
+            else:
+                kept.append(i)
         return kept
 
     @staticmethod
@@ -152,6 +163,7 @@ class Record:
         "count",
         "fetched_ns",
         "hidden_count",
+        "hidden_example",
         "identity",
         "requests",
     )
@@ -180,7 +192,8 @@ class Record:
         self._mtimes = raw[at : (at := at + 8 * count)].cast("q")
         self._kinds = raw[at : (at := at + count)]
         self._names = raw[at : (at := at + names)]
-        self._versions = raw[at : at + versions]
+        self._versions = raw[at : (at := at + versions)]
+        self.hidden_example = bytes(raw[at:])  # one name that is hidden; nothing if none is
 
     def __len__(self) -> int:
         return self.count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -241,6 +242,39 @@ class TestCp:
         assert main(["cp", "-r", "/train/cats", str(tmp_path / "out" / "in")]) == 1
         assert "refusing to copy /train/cats/../../../evil" in capsys.readouterr().err
         assert not list(tmp_path.rglob("evil"))
+
+    def test_what_cannot_be_copied_does_not_stop_the_rest(
+        self, client: NodeFolder, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """-r says each failure in a line, copies all else, and ends with status 1 and the count."""
+        (store / "train" / "dogs").mkdir()
+        (store / "train" / "dogs" / "d.txt").write_bytes(b"dog")
+        client.extra = [Entry("/train/gone", EntryKind.FILE, 4, 0, "v")]
+        out = tmp_path / "out"
+        (out / "train").mkdir(parents=True)
+        (out / "train" / "cats").write_text("a file is in the way")
+        assert main(["cp", "-r", "/train", str(out)]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1] == f"orchestra: 5 files or folders of /train could not be copied; the rest is in {out}/train"
+        assert f"orchestra: cannot make the folder {out}/train/cats: File exists" in lines
+        assert len(lines) == 6
+        assert (out / "train" / "dogs" / "d.txt").read_bytes() == b"dog"
+        assert (out / "train" / "new\nline").exists()
+
+    @pytest.mark.usefixtures("client")
+    def test_a_full_disk_ends_a_copy_at_once(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What every other file would meet as well is said once."""
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("orchestra.cli.copying.export_file", full)
+        assert main(["cp", "-r", "/train", str(tmp_path / "out")]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert err.endswith("No space left on device\n")
 
     @pytest.mark.usefixtures("client")
     def test_a_local_problem_is_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,7 @@ def _status(node: Node) -> dict[str, Any]:
         "uptime_s": round((node.clock.now_ns() - node.started_ns) / 1e9, 3),
         "version": orchestra.__version__,
         "mounts": len(node.mounts.table),
+        "hidden": _hidden(node),
         "reads": dataclasses.asdict(node.accesses.totals()),
         "blocks": dataclasses.asdict(blocks),
         "fetch": {
@@ -136,6 +137,16 @@ def _status(node: Node) -> dict[str, Any]:
         "engine": dataclasses.asdict(node.engine.statistics),
         "stores": stores,
     }
+
+
+def _hidden(node: Node) -> list[dict[str, Any]]:
+    """The mounts with keys that no path can show, as far as they were listed since the start."""
+    rows = []
+    for mount in node.mounts.table:
+        count, example = node.catalog.hidden(mount.opened.store_id) if mount.opened is not None else (0, "")
+        if count:
+            rows.append({"mount": mount.path, "count": count, "example": f"{mount.path.rstrip('/')}/{example}"})
+    return rows
 
 
 def _counts(store: object) -> dict[str, int | float]:
