@@ -45,6 +45,10 @@ class Handle(Protocol):
         """The same if every byte is on this node's disk, else None. Never waits for the store or the daemon."""
         ...
 
+    def readinto_fetched(self, offset: int, buffer: bytearray | memoryview) -> int | None:
+        """`readinto_cached` of what was fetched for this reader by a MissStream."""
+        ...
+
     def read(self, offset: int, length: int) -> bytes:
         """`readinto` into fresh bytes; b"" at and past the end."""
         ...
@@ -59,6 +63,26 @@ class Handle(Protocol):
 
     def close(self) -> None:
         """Release descriptors. Idempotent."""
+        ...
+
+
+class MissStream(Protocol):
+    """Ranges of many handles asked for at once, without a waiting thread each. One thread asks, another takes answers;
+    belongs to the process that made it."""
+
+    def ask(self, serial: int, handle: Handle, start: int, stop: int) -> bool:
+        """Have [start, stop) made present; False if it could not be asked (use `Handle.readinto`). Never waits."""
+        ...
+
+    def answers(self) -> list[tuple[int, bool]]:
+        """Wait; return (serial, is_present) of what was answered, [] when there will be no more answers.
+
+        What is not present, and what was asked and never answered, is for `Handle.readinto`, which says why.
+        """
+        ...
+
+    def shut_down(self) -> None:
+        """End it for both threads. Idempotent."""
         ...
 
 
@@ -101,6 +125,10 @@ class Client(Protocol):
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
         """Return the whole contents of many (small) objects, missing ones fetched at the same time."""
+        ...
+
+    def miss_stream(self) -> MissStream | None:
+        """Return a new stream for misses, None if there is no daemon to talk to now (or this client has none)."""
         ...
 
     @property

@@ -38,6 +38,11 @@ class NodeHandle:
         """What was opened."""
         return self._entry
 
+    @property
+    def digest_hex(self) -> str:
+        """The object's name in the cache."""
+        return self._digest.hex()
+
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
         """See Handle."""
         view = self._writable(offset, buffer)
@@ -62,6 +67,20 @@ class NodeHandle:
         """See Handle."""
         view = self._writable(offset, buffer)
         return self._try_local(offset, view) if view else 0
+
+    def readinto_fetched(self, offset: int, buffer: bytearray | memoryview) -> int | None:
+        """See Handle."""
+        view = self._writable(offset, buffer)
+        if not view:
+            return 0
+        self._local.forget()
+        try:
+            count = self._local.readinto(offset, view)
+        except CorruptBlockError:
+            return None
+        if count is not None:
+            self._note(self._client.note_miss, offset, count)
+        return count
 
     def read(self, offset: int, length: int) -> bytes:
         """See Handle."""

@@ -20,6 +20,7 @@ from orchestra.blocks.reader import LocalObject
 from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
 from orchestra.client.process import start_daemon
+from orchestra.client.stream import MissStream
 from orchestra.client.wire import ConnectionLostError, DaemonConnection
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config
@@ -245,6 +246,15 @@ class NodeClient:
         """Have the daemon send the bytes: when they cannot be kept, or not be read here."""
         body = _wanted(entry, digest, offset, offset + len(view))
         return self._with_daemon(lambda connection: connection.read_into("/v1/read", body, view))
+
+    def miss_stream(self) -> MissStream | None:
+        """See Client."""
+        if self._pid != os.getpid():
+            self._after_fork()
+        try:
+            return MissStream(self._connection.open_socket(), self._connection.count_message)
+        except ConnectionLostError:
+            return None
 
     def note_hit(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
         """Count a read from this node's disk."""

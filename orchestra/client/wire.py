@@ -65,6 +65,14 @@ class DaemonConnection:
                 return answer.read_into(buffer)
         raise from_wire(json.loads(payload))
 
+    def open_socket(self) -> socket.socket:
+        """Return a new connection to the daemon, the caller's to close. Raises ConnectionLostError."""
+        return self._connect()
+
+    def count_message(self) -> None:
+        """Count a request that went another way."""
+        self.messages_sent += 1
+
     def close(self) -> None:
         """Close the sockets that no request uses."""
         while self._idle:

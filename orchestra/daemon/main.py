@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -24,6 +25,7 @@ from orchestra.config import Config
 from orchestra.daemon.api.app import make_app, make_hot_handler
 from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.hot import HotConnection
+from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.logs import log_to_file, log_to_stderr
@@ -114,10 +116,12 @@ async def answering(node: Node, stop: asyncio.Event, activity: Activity) -> Asyn
     )
     await runner.setup()
     path = _free_socket(node.layout.socket)
-    web_server, hot = runner.server, make_hot_handler(node, activity)
+    web_server, hot, streams = runner.server, make_hot_handler(node, activity), partial(EnsureStream, node, activity)
     assert web_server is not None, "the runner was set up"
     loop = asyncio.get_running_loop()
-    server = await loop.create_unix_server(lambda: HotConnection(web_server(), hot), str(path), backlog=_BACKLOG)
+    server = await loop.create_unix_server(
+        lambda: HotConnection(web_server(), hot, streams), str(path), backlog=_BACKLOG
+    )
     path.chmod(0o600)
     inode = path.stat().st_ino
     try:

@@ -17,6 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from orchestra.blocks.accounts import CacheFullError
 from orchestra.blocks.geometry import Geometry
@@ -182,15 +183,44 @@ class Engine:
                 listener(Access(wanted, digest, self._geometry.blocks_of(wanted.byte_range)))
         if not self._blocks.has_room(self._geometry.block_range(wanted.info.size_bytes, missing[0]).length):
             return False  # to fetch what cannot be kept would be to fetch it twice
-        flights = self._join_or_start(digest, wanted, missing, priority)
+        return await self._all_of(self._join_or_start(digest, wanted, missing, priority), wanted)
+
+    def ensure_soon(self, wanted: Wanted) -> bool | asyncio.Future[bool]:
+        """`ensure` of a demand without a task of its own: the answer, or what will give it (or raise it).
+
+        Who asks must not cancel the future: others may wait for the same fetch.
+        """
+        digest = wanted.object_id.digest()
+        touched = self._geometry.blocks_of(wanted.byte_range)
+        size = wanted.info.size_bytes
+        if any(self._blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
+            return asyncio.ensure_future(self.ensure(wanted))  # part of it is here: files may have to be looked at
+        self.statistics.ensures += 1
+        for listener in self._listeners:
+            listener(Access(wanted, digest, touched))
+        if not touched:
+            return True
+        if not self._blocks.has_room(self._geometry.block_range(size, touched.start).length):
+            return False
+        flights = self._join_or_start(digest, wanted, touched, Priority.DEMAND)
+        if len(flights) > 1:
+            return asyncio.ensure_future(self._all_of(flights, wanted))
+        (flight,) = flights
+        flight.add_done_callback(partial(self._note_if_stale, wanted))
+        return flight
+
+    async def _all_of(self, flights: set[asyncio.Task[bool]], wanted: Wanted) -> bool:
         try:
             if len(flights) == 1:  # nearly always: a small object, or one block of a large one
-                return await asyncio.shield(flights.pop())
-            results = await asyncio.gather(*(asyncio.shield(flight) for flight in flights))
+                return await asyncio.shield(next(iter(flights)))
+            return all(await asyncio.gather(*(asyncio.shield(flight) for flight in flights)))
         except StaleObjectError:
             self._note_stale(wanted)
             raise
-        return all(results)
+
+    def _note_if_stale(self, wanted: Wanted, flight: asyncio.Task[bool]) -> None:
+        if not flight.cancelled() and isinstance(flight.exception(), StaleObjectError):
+            self._note_stale(wanted)
 
     def _note_stale(self, wanted: Wanted) -> None:
         """Who opens the path next must not be given the version that is gone."""

@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 _ORDINARY = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.ENAMETOOLONG, errno.EROFS, errno.ENODATA}
 )
+# The kernel does not want an answer: its asker is gone, or the mount is.
+_REFUSED = frozenset({errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.EPERM})
 # A complete message for the device.
 Message = bytes | bytearray | memoryview
 # What takes back the effects (a counted look-up, a counted open) of an answer that the kernel never got.
@@ -87,7 +89,7 @@ class Channel:
             os.write(self.device_fd, message)
         except OSError as error:
             # ENOENT: the asker died or was interrupted. ENODEV, ECONNABORTED, EBADF: the mount is gone.
-            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EBADF, errno.EPERM):
+            if error.errno not in _REFUSED:
                 raise
             return False
         return True
@@ -126,9 +128,20 @@ class Channel:
 
         Blocks only while THREADS_MAX + BACKLOG_MAX requests are waiting already.
         """
+        self.begin_wait(unique)
+        self.hand_over(unique, work)
+
+    def begin_wait(self, unique: int) -> None:
+        """Note that `unique` waits: it is answered by `send_pending` or `hand_over`, or by an INTERRUPT before."""
         self._pending[unique] = None
         self.counters.waited += 1
-        self._hand_over(unique, work)
+
+    def send_pending(self, unique: int, message: Message) -> None:
+        """Answer a request that waits, unless it was answered meanwhile."""
+        if self._take(unique):
+            self.send(message)
+        else:
+            self.counters.answered_late += 1
 
     def patiently(self, unique: int, call: Callable[[], _T]) -> _T:
         """Return what `call` returns, trying again while there is no daemon; on a worker only.
@@ -166,11 +179,24 @@ class Channel:
             except Exception:
                 log.exception("a notification to the kernel failed")
 
-    def interrupt(self, unique: int) -> None:
-        """Answer a waiting request EINTR now; its result will be thrown away. One already answered stays so."""
-        if self._take(unique):
-            self.counters.interrupted += 1
-            self.send_error(unique, errno.EINTR)
+    def interrupt(self, unique: int) -> bool:
+        """Answer a waiting request EINTR now; its result will be thrown away. False: it does not wait here, because it
+        was answered or is another worker's."""
+        if not self._take(unique):
+            return False
+        self.counters.interrupted += 1
+        self.send_error(unique, errno.EINTR)
+        return True
+
+    def interrupt_at(self, device_fd: int, unique: int) -> None:
+        """The same for a request that was read from another worker's device; that one's answer will be refused."""
+        try:
+            os.write(device_fd, error_reply(unique, errno.EINTR))
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            return
+        self.counters.interrupted += 1
 
     def close(self) -> None:
         """Let the threads end when their present work is done. Does not wait for them: they may wait for a store."""
@@ -182,7 +208,8 @@ class Channel:
     def _take(self, unique: int) -> bool:
         return self._pending.pop(unique, self) is None
 
-    def _hand_over(self, unique: int, work: Work) -> None:
+    def hand_over(self, unique: int, work: Work) -> None:
+        """Have a worker thread answer `unique`, which waits already, with the result of `work`."""
         self._room.acquire()
         with self._lock:
             if self._idle_count:

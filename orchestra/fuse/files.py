@@ -25,6 +25,7 @@ from orchestra.client.contract import Client, Handle
 from orchestra.errors import IsADirectoryPathError, NotFoundError, StaleObjectError
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable
+from orchestra.fuse.misses import Misses, Waiting
 from orchestra.fuse.options import HANDLES_MAX, PAGECACHE_HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
 from orchestra.fuse.protocol import (
     BACKING_CLOSE,
@@ -91,6 +92,7 @@ class Files:
         self._reply = bytearray(HEAD + READ_BYTES_MAX)
         self._view = memoryview(self._reply)
         self._payload = self._view[HEAD:]
+        self._misses = Misses(client, channel, on_read=self._read_fetched, on_failure=self._read_otherwise)
 
     # -- OPEN -----------------------------------------------------------------------------------------------------
 
@@ -224,10 +226,23 @@ class Files:
         with self._lock:
             file.pins += 1
         self._handles.move_to_end(inode.nodeid)
-        self._channel.wait(unique, partial(self._read, unique, inode, file, offset, size))
+        self._channel.begin_wait(unique)
+        size = max(0, min(size, inode.entry.size_bytes - offset))
+        waiting = Waiting(unique, file.handle, offset, size, (inode, file))
+        if not self._misses.ask(waiting):
+            self._read_otherwise(waiting)
+
+    def _read_fetched(self, waiting: Waiting) -> None:
+        _, file = waiting.context
+        self._unpin(file)
+
+    def _read_otherwise(self, waiting: Waiting) -> None:
+        """A worker thread waits for this one: there is no daemon now, or something has to be said."""
+        inode, file = waiting.context
+        work = partial(self._read, waiting.unique, inode, file, waiting.offset, waiting.size_bytes)
+        self._channel.hand_over(waiting.unique, work)
 
     def _read(self, unique: int, inode: Inode, file: _OpenFile, offset: int, size: int) -> tuple[Message, None]:
-        size = max(0, min(size, inode.entry.size_bytes - offset))
         buffer = bytearray(HEAD + size)
         view = memoryview(buffer)
         try:
@@ -268,5 +283,6 @@ class Files:
 
     def close(self) -> None:
         """Close every handle that nobody reads; the kernel has let go of the backing files with the mount."""
+        self._misses.close()
         for nodeid in list(self._handles):
             self.drop(nodeid)

@@ -75,6 +75,9 @@ class FolderHandle:
         self._check()
         return os.preadv(self._file, [buffer], offset)
 
+    def readinto_fetched(self, offset: int, buffer: bytearray | memoryview) -> int | None:
+        return self.readinto_cached(offset, buffer)
+
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._file, length, offset)
 
@@ -215,6 +218,9 @@ class FolderClient:
 
     def read_many(self, paths: Sequence[str]) -> builtins.list[bytes]:
         return [self.read_file(path) for path in paths]
+
+    def miss_stream(self) -> None:
+        return None
 
     @property
     def messages_sent(self) -> int:

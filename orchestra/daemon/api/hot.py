@@ -1,8 +1,9 @@
-"""The route that every miss takes, without a web framework around it.
+"""The routes that misses take, without a web framework around them.
 
 A cold file costs the daemon one POST /v1/ensure. Of the CPU that such a request took through aiohttp, half was aiohttp
 (docs/decisions/0003-hot-route.md). So this protocol stands in front of aiohttp's on each connection: a whole ensure
-request, as our client sends it, is answered here; everything else goes on to aiohttp, byte for byte.
+request, as our client sends it, is answered here; a connection that asks to become a stream of such requests is given
+to `stream.py`; everything else goes on to aiohttp, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ from typing import Any
 from aiohttp.web_protocol import RequestHandler
 
 from orchestra.daemon.api.context import encoded
+from orchestra.daemon.api.stream import UPGRADE, EnsureStream
 
 _HOT = b"POST /v1/ensure HTTP/1.1\r\n"
 _LENGTH = b"content-length:"
 
 HotHandler = Callable[[bytes], Awaitable[tuple[int, dict[str, Any]]]]
+StreamMaker = Callable[[asyncio.Transport], EnsureStream]
 
 
 class HotConnection(asyncio.Protocol):
     """One connection. `inner` is aiohttp's protocol for it; our client never sends a request before the last one's
     answer, and any other client's requests go to `inner` in order."""
 
-    def __init__(self, inner: RequestHandler, handle: HotHandler) -> None:
+    def __init__(self, inner: RequestHandler, handle: HotHandler, make_stream: StreamMaker) -> None:
         self._inner = inner
         self._handle = handle
+        self._make_stream = make_stream
+        self._stream: EnsureStream | None = None
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -39,12 +44,28 @@ class HotConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        if self._stream is not None:
+            self._stream.data_received(data)
+            return
+        if data.startswith(UPGRADE) and self._transport is not None:
+            self._upgrade(data)
+            return
         if self._task is None and data.startswith(_HOT):
             body = _body_of(data)
             if body is not None:
                 self._task = asyncio.create_task(self._answer(body))
                 return
         self._inner.data_received(data)
+
+    def _upgrade(self, data: bytes) -> None:
+        """The head comes in one piece with (some of) the first lines, as our client sends it, or not at all."""
+        assert self._transport is not None
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            self._transport.abort()
+            return
+        self._stream = self._make_stream(self._transport)
+        self._stream.data_received(data[end + 4 :])
 
     async def _answer(self, body: bytes) -> None:
         try:
