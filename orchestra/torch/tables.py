@@ -10,6 +10,7 @@ import importlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,49 +67,67 @@ def _map_object(path: str, config: str | None) -> mmap.mmap | bytearray:
         handle.close()
 
 
-def read_table(path: str, columns: Sequence[str] | None = None, config: str | None = None) -> Any:
+def read_table(path: str, columns: list[str] | None = None, config: str | None = None) -> Any:
     """Return a table (pyarrow.Table) of those columns, all if None."""
     pieces = list(iterate_table(path, columns, config))
     return arrow().concat_tables(pieces) if len(pieces) != 1 else pieces[0]
 
 
-def iterate_table(path: str, columns: Sequence[str] | None = None, config: str | None = None) -> Iterator[Any]:
+def iterate_table(path: str, columns: list[str] | None = None, config: str | None = None) -> Iterator[Any]:
     """Yield a table in the pieces it is stored in (row groups, record batches), as tables, at least one."""
     kind = kind_of(path)
-    with open_binary(path, config) as file:
+    if kind == "npy":
+        raise UsageError(f"{path}: expected a table (Parquet, Arrow or CSV), this is an array")
+    with open_binary(path, config) as file, readable(path):
         if kind == "parquet":
-            yield from _parquet_pieces(file, columns)
+            parquet = open_parquet(file, path, columns)
+            for index in range(parquet.num_row_groups):
+                yield parquet.read_row_group(index, columns=columns)
+            if not parquet.num_row_groups:
+                yield parquet.read(columns=columns)
         elif kind == "arrow":
             reader = arrow("ipc").open_file(file)
-            schema = reader.schema
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-            yield from _as_tables(batches, schema, columns)
-        elif kind == "csv":
-            codec = _COMPRESSED.get(os.path.splitext(path.lower())[1])
-            stream = arrow().CompressedInputStream(file, codec) if codec else file
-            reader = arrow("csv").open_csv(stream)
-            yield from _as_tables(iter(reader), reader.schema, columns)
+            yield from _as_tables(batches, reader.schema, columns, path)
         else:
-            raise UsageError(f"{path}: expected a table (Parquet, Arrow or CSV), this is an array")
+            codec = _COMPRESSED.get(os.path.splitext(path.lower())[1])
+            reader = arrow("csv").open_csv(arrow().CompressedInputStream(file, codec) if codec else file)
+            yield from _as_tables(iter(reader), reader.schema, columns, path)
 
 
-def _parquet_pieces(file: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+def open_parquet(file: Any, path: str, columns: list[str] | None) -> Any:
+    """Return the open file as pyarrow's ParquetFile. Raises UsageError if it has not all the columns."""
     parquet = arrow("parquet").ParquetFile(file, pre_buffer=True)
-    for index in range(parquet.num_row_groups):
-        yield parquet.read_row_group(index, columns=None if columns is None else list(columns))
-    if not parquet.num_row_groups:
-        yield parquet.read(columns=None if columns is None else list(columns))
+    check_columns(parquet.schema_arrow.names, columns, path)
+    return parquet
 
 
-def _as_tables(batches: Iterator[Any], schema: Any, columns: Sequence[str] | None) -> Iterator[Any]:
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Say in one line what pyarrow could not read."""
+    try:
+        yield
+    except arrow().ArrowInvalid as error:
+        raise UsageError(f"{path} cannot be read as {kind_of(path)}: {error}") from error
+
+
+def _as_tables(batches: Iterator[Any], schema: Any, columns: Sequence[str] | None, path: str) -> Iterator[Any]:
+    check_columns(schema.names, columns, path)
     is_empty = True
     for batch in batches:
         is_empty = False
         table = arrow().Table.from_batches([batch], schema)
-        yield table if columns is None else table.select(list(columns))
+        yield table if columns is None else table.select(columns)
     if is_empty:
         table = schema.empty_table()
-        yield table if columns is None else table.select(list(columns))
+        yield table if columns is None else table.select(columns)
+
+
+def check_columns(found: Sequence[str], wanted: Sequence[str] | None, path: str) -> None:
+    """Raise UsageError if a column that is wanted is not there."""
+    for name in wanted or ():
+        if name not in found:
+            raise UsageError(f"{path}: no column {name!r}; there are {', '.join(found)}")
 
 
 def first_rows(path: str, count: int, config: str | None = None) -> Any:
@@ -124,9 +143,7 @@ def first_rows(path: str, count: int, config: str | None = None) -> Any:
 
 
 def column_values(table: Any, name: str, dtype: Any = None) -> np.ndarray[Any, Any]:
-    """Return one column as numbers; a missing value is NaN. Raises UsageError if there is no such column of numbers."""
-    if name not in table.column_names:
-        raise UsageError(f"no column {name!r}; there are {', '.join(map(str, table.column_names))}")
+    """Return one column as numbers; a missing value is NaN. Raises UsageError if they are no numbers."""
     values: np.ndarray[Any, Any] = table[name].to_numpy()
     if values.dtype.hasobject:
         raise UsageError(f"column {name!r} holds {table[name].type}, not numbers")
