@@ -51,7 +51,7 @@ _TABLES: Mapping[str, tuple[Key, ...]] = {
         Key("free_space_ratio", "free_space_ratio", ratios(0, 0.95), number_literal),
         Key("block_size", "block_size_bytes", sizes(4 * KIB, GIB, power_of_two=True)),
         Key("extent_size", "extent_size_bytes", sizes(4 * KIB, 16 * GIB)),
-        Key("eviction", "eviction", words("auto", "lru", later=("never", "plan"))),
+        Key("eviction", "eviction", words("auto", "lru", "never", "plan", "s3fifo", "sieve")),
         Key("verify", "verify", words("boot", "always")),
     ),
     "daemon": (
@@ -106,6 +106,16 @@ def size_warning(config: Config) -> str | None:
         f"cache.size is {format_size(config.cache.size_bytes)}, but the disk of {config.cache.dir} has "
         f"{format_size(usage.total)} ({format_size(usage.free)} free); at most {format_size(most)} will be used"
     )
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """Return each key of the tables ("cache.size") with its value as text; the mounts, which may hold secrets, are left
+    out."""
+    return {
+        f"{table}.{key.name}": str(getattr(getattr(config, table), key.field))
+        for table, keys in _TABLES.items()
+        for key in keys
+    }
 
 
 def _find(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:

@@ -5,6 +5,7 @@ Owns: what is printed. Leaves to others: running it (daemon.main), starting and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -12,7 +13,7 @@ import click
 from orchestra.cli.output import print_fields, print_json
 from orchestra.cli.session import Session, pass_session
 from orchestra.config import Config
-from orchestra.errors import DaemonUnavailableError
+from orchestra.errors import ConfigError, DaemonUnavailableError
 from orchestra.units import format_duration, format_size
 
 
@@ -47,6 +48,8 @@ def start(session: Session, as_json: bool) -> None:
     if status is None:
         _warn_of_size(config)
         status = start_daemon(config)
+    else:
+        _check_settings(config, status)
     if as_json:
         print_json(status)
     else:
@@ -81,6 +84,34 @@ def status(session: Session, as_json: bool) -> None:
         print_fields(status_fields(answer))
 
 
+def _check_settings(config: Config, status: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the daemon that runs was started with other settings than these."""
+    from orchestra.config_file import settings_of
+    from orchestra.namespace.published import fingerprint
+
+    source = str(config.source) if config.source is not None else None
+    theirs = status.get("settings")
+    if theirs is None:  # a daemon of an earlier version, which does not say
+        return
+    # It is one cache directory, whatever the two call it.
+    names = [name for name, value in settings_of(config).items() if theirs.get(name) != value and name != "cache.dir"]
+    if status["config"] != source and status["mounts_fingerprint"] != fingerprint(config.mounts):
+        names.append("mount")
+    if not names:
+        return
+    running = f"a daemon (pid {status['pid']}) runs already for the cache directory {status['cache_dir']}"
+    if status["config"] == source:
+        raise ConfigError(
+            f"{running}, started before {', '.join(names)} changed (in {source or 'the defaults'} or an ORCHESTRA_ "
+            "variable); to use what is said now: orchestra daemon stop, then orchestra daemon start"
+        )
+    ours, its = (path or "no configuration file" for path in (source, status["config"]))
+    raise ConfigError(
+        f"{running} with {its}, which differs from {ours} in {', '.join(names)}; run orchestra daemon stop first, or "
+        "give one of the two another cache.dir"
+    )
+
+
 def status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what `daemon status` prints, line by line."""
     used, capacity = answer["used_bytes"], answer["capacity_bytes"]
@@ -89,9 +120,13 @@ def status_fields(answer: dict[str, Any]) -> list[tuple[str, str]]:
         ("version", str(answer["version"])),
         ("socket", str(answer["socket"])),
         ("cache directory", str(answer["cache_dir"])),
+        ("configuration", str(answer.get("config") or "none: defaults and variables")),
         ("cached", f"{format_size(used)} of {format_size(capacity)}"),
         ("up for", format_duration(answer["uptime_s"])),
-        *(("hidden keys", f"{row['count']} in {row['mount']}, such as {row['example']}") for row in answer["hidden"]),
+        *(
+            ("hidden keys", f"{row['count']} in {row['mount']}, such as {row['example']}")
+            for row in answer.get("hidden", ())
+        ),
     ]
 
 

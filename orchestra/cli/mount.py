@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import click
 
-from orchestra.cli.output import print_json, print_table
+from orchestra.cli.output import print_json, print_table, printable
 from orchestra.cli.session import Session, pass_session
 from orchestra.config import MountConfig
 from orchestra.config_mounts import format_freshness, looks_secret, parse_mount, uri_without_password
@@ -63,6 +63,7 @@ def add(session: Session, /, path: str, uris: tuple[str, ...], options: tuple[st
     """Attach the store at URI at PATH; more URIs name copies of the same data, tried in order."""
     table = _given(given) | {"path": path, "uris": list(uris), "options": _parsed_options(options)}
     session.client.daemon_request("POST", ROUTE, _to_wire(parse_mount(table)))
+    _warn_of_secrets(table["options"])
 
 
 @mount.command("ls")
@@ -127,6 +128,7 @@ def update(
     body = {name: current[name] for name in FIELDS if name in current} | changes
     body |= {"uris": checked["uris"], "options": kept | checked["options"]}
     session.client.daemon_request("PUT", ROUTE, body)
+    _warn_of_secrets(table["options"])
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +161,18 @@ def _parsed_options(options: tuple[str, ...]) -> dict[str, str]:
             raise click.BadParameter("expected KEY=VALUE", param_hint="'--option'")
         table[name] = value
     return table
+
+
+def _warn_of_secrets(options: Mapping[str, str]) -> None:
+    """Say of each secret that was typed as it is where others may have seen it, and what to write instead."""
+    for name, value in options.items():
+        if looks_secret(name, value):
+            click.echo(
+                f"orchestra: warning: option {printable(name)} holds the secret itself: the process list showed it, "
+                "and the cache directory's mounts.json keeps it; better set a variable where the daemon is started "
+                f"and write --option '{printable(name)}=${{VARIABLE}}'",
+                err=True,
+            )
 
 
 def _freshness(value: str | float) -> str:

@@ -20,21 +20,19 @@ from orchestra.errors import CacheDirectoryError, DaemonUnavailableError, from_w
 
 # Opening a cache of millions of extents after a crash takes some seconds; a daemon that needs longer is stuck.
 START_TIMEOUT_S = 60.0
-_STATUS_TIMEOUT_S = 10.0
+# What is asked for here is answered in a millisecond; a daemon that lets somebody wait so long is stopped or stuck.
+_STATUS_TIMEOUT_S = 5.0
 # glibc gives buffers of blocks back to the kernel as soon as they are freed, and the next block faults its pages in
 # again: a tenth of the daemon's CPU on cold small files. It may keep 64 MiB instead.
 _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "16777216"}
 
 
 def daemon_status(config: Config) -> dict[str, Any] | None:
-    """Return the daemon's status, None if none runs."""
-    connection = _connect(config)
+    """Return the daemon's status, None if none runs. Raises DaemonUnavailableError for one that does not answer."""
     try:
-        return connection.request("GET", "/v1/status")
+        return _ask(config, "GET", "/v1/status")
     except ConnectionLostError:
         return None
-    finally:
-        connection.close()
 
 
 def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]:
@@ -55,13 +53,10 @@ def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]
 
 def stop_daemon(config: Config) -> bool:
     """Stop the daemon and wait until its cache directory is free; False if none ran."""
-    connection = _connect(config)
     try:
-        connection.request("POST", "/v1/stop", {})
+        _ask(config, "POST", "/v1/stop", {})
     except ConnectionLostError:
         return False
-    finally:
-        connection.close()
     _wait_until_free(config)
     return True
 
@@ -70,8 +65,45 @@ def _layout(config: Config) -> CacheLayout:
     return CacheLayout(config.cache.dir)
 
 
-def _connect(config: Config) -> DaemonConnection:
-    return DaemonConnection(str(_layout(config).socket), timeout_s=_STATUS_TIMEOUT_S)
+def _ask(config: Config, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    connection = DaemonConnection(str(_layout(config).socket), timeout_s=_STATUS_TIMEOUT_S)
+    try:
+        return connection.request(method, route, body)
+    except DaemonUnavailableError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise DaemonUnavailableError(_why_silent(config)) from error
+        raise
+    finally:
+        connection.close()
+
+
+def _why_silent(config: Config) -> str:
+    """Return the sentence about a daemon that took a connection and does not answer."""
+    pid = _owner_pid(config)
+    who = f"the daemon of cache.dir {config.cache.dir}" + (f" (pid {pid})" if pid else "")
+    said = f"{who} runs, but did not answer within {_STATUS_TIMEOUT_S:.0f} s"
+    if not pid:
+        return f"{said}; see {_layout(config).log}"
+    end = f"kill -9 {pid} ends it (what is cached stays, and the next command starts another)"
+    if _is_stopped(pid):
+        return f"{said}: it was stopped by a signal; kill -CONT {pid} lets it go on, {end}"
+    return f"{said}: it is stuck, or the machine is overloaded; see {_layout(config).log}; {end}"
+
+
+def _owner_pid(config: Config) -> int | None:
+    """Return the pid that the holder of the owner lock wrote, None if it cannot be read."""
+    try:
+        return int(json.loads(_layout(config).lock.read_bytes())["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state in (b"T", b"t")
 
 
 @contextmanager

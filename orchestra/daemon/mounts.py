@@ -60,6 +60,11 @@ class MountAdmin:
         """The current table."""
         return self._table
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the configuration's mounts, as they were last read."""
+        return fingerprint(self._config.mounts)
+
     def reload(self, config: Config) -> None:
         """Take the mounts of a configuration that was read again, and publish the table.
 

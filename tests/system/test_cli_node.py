@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 
 import orchestra
+from orchestra.client.process import daemon_status, start_daemon, stop_daemon
+from orchestra.config import load_config
+from orchestra.errors import DaemonUnavailableError
 from tests.support.folder_node import FolderNode, folder_node
+from tests.support.web_servers import plain_server
 
 pytestmark = pytest.mark.system
 
@@ -75,6 +80,64 @@ def test_a_daemon_is_started_asked_and_stopped(tmp_path: Path) -> None:
         assert run(node, "daemon", "stop").stdout == b"stopped\n"
         run(node, "daemon", "status", status=1)
         assert run(node, "daemon", "stop").stdout == b"no daemon was running\n"
+
+
+def test_a_daemon_of_another_configuration_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """start with another configuration than the running daemon's is refused: in what, whose it is, what to do."""
+    with folder_node(tmp_path) as node:
+        run(node, "daemon", "start")
+        other = FolderNode(str(tmp_path / "other.toml"), node.store)
+        text = Path(node.config).read_text()
+        Path(other.config).write_text(text)
+        assert run(other, "daemon", "start").stdout.startswith(b"running already")
+        Path(other.config).write_text(text.replace('"1GiB"', '"2GiB"').replace('"/data"', '"/elsewhere"'))
+        said = run(other, "daemon", "start", status=1).stderr.decode()
+        assert said.count("\n") == 1
+        assert f"with {node.config}, which differs from {other.config} in cache.size, mount; run" in said
+        assert "orchestra daemon stop" in said
+        monkeypatch.setenv("ORCHESTRA_FETCH_DEADLINE", "7s")
+        assert b"started before fetch.deadline changed" in run(node, "daemon", "start", status=1).stderr
+        assert json.loads(run(node, "daemon", "status", "--json").stdout)["config"] == node.config
+
+
+def test_a_stopped_daemon_is_told_from_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that takes connections and never answers is an error that names its pid, its state and two ways out; it
+    goes on when it is let to."""
+    monkeypatch.setattr("orchestra.client.process._STATUS_TIMEOUT_S", 0.3)
+    with folder_node(tmp_path) as node:
+        config = load_config(node.config)
+        pid = start_daemon(config)["pid"]
+        words = f"pid {pid}.*did not answer.*kill -CONT {pid}.*kill -9 {pid}"
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            for ask in (daemon_status, start_daemon, stop_daemon):
+                with pytest.raises(DaemonUnavailableError, match=words):
+                    ask(config)
+        finally:
+            monkeypatch.undo()
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_no_secret_is_shown_or_logged(node: FolderNode, tmp_path: Path) -> None:
+    """A secret typed as it is is warned of in one line, and shows in no listing, status, error or log."""
+    canary = "canary-7f3"
+    (tmp_path / "a").write_text("x")
+    with plain_server(tmp_path) as url:
+        added = run(node, "mount", "add", "/web", url, "--option", f"bearer_token={canary}")
+        changed = run(node, "mount", "update", "/web", "--option", f"bearer_token={canary}x")
+        failed = run(node, "mount", "add", "/no", f"{url}/nope/", "--option", f"bearer_token={canary}", status=1)
+        shown = [added, changed, failed, run(node, "cat", "/web/a")]
+    for result in (added, changed):
+        assert result.stderr.startswith(b"orchestra: warning: option bearer_token holds the secret itself")
+        assert b"'bearer_token=${VARIABLE}'" in result.stderr
+        assert result.stderr.count(b"\n") == 1
+    for words in ("mount ls", "mount ls --json", "daemon status", "daemon status --json", "stat --json /web/a"):
+        shown.append(run(node, *words.split()))
+    run(node, "mount", "rm", "/web")
+    assert not [result.args for result in shown if canary.encode() in result.stdout + result.stderr]
+    logs = list(Path(node.config).parent.glob("cache/*.log"))
+    assert logs
+    assert not [log for log in logs if canary in log.read_text()]
 
 
 def test_mounts_come_and_go(node: FolderNode, tmp_path: Path) -> None:

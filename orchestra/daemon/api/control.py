@@ -12,6 +12,7 @@ from aiohttp import web
 
 import orchestra
 from orchestra.config import load_config
+from orchestra.config_file import settings_of
 from orchestra.daemon.api.context import NODE, answer
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.mounts import mount_from_json, mount_to_json
@@ -124,6 +125,9 @@ def _status(node: Node) -> dict[str, Any]:
         "capacity_bytes": node.config.cache.size_bytes,
         "uptime_s": round((node.clock.now_ns() - node.started_ns) / 1e9, 3),
         "version": orchestra.__version__,
+        "config": str(node.config.source) if node.config.source is not None else None,
+        "settings": settings_of(node.config),
+        "mounts_fingerprint": node.mounts.fingerprint,
         "mounts": len(node.mounts.table),
         "hidden": _hidden(node),
         "reads": dataclasses.asdict(node.accesses.totals()),
