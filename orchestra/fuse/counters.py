@@ -21,6 +21,7 @@ class Counters:
         "reads_cached",
         "reads_waited",
         "requests",
+        "resent",
         "stale",
         "waited",
     )
@@ -33,6 +34,7 @@ class Counters:
         self.backing_opened = 0  # files registered for passthrough
         self.backing_closed = 0
         self.backing_refused = 0  # the kernel said no
+        self.resent = 0  # requests that the kernel sent again after a worker's death
         self.interrupted = 0  # requests answered EINTR because their caller got a signal
         self.answered_late = 0  # results thrown away because the request had been interrupted
         self.names_hidden = 0  # times that a name which no path can spell was left out

@@ -71,7 +71,7 @@ class Directories:
     """Answers everything about open directories."""
 
     def __init__(
-        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: bytearray
+        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: memoryview
     ) -> None:
         self._client = client
         self._table = table
@@ -85,7 +85,7 @@ class Directories:
 
     def opendir(self, unique: int, nodeid: int, end: int) -> None:
         """OPENDIR: takes the view; waits on a worker if it is not known."""
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is None:
             self._channel.send_error(unique, errno.ESTALE)
             return
@@ -184,11 +184,10 @@ class Directories:
         dots = sum(next_offset <= _DOTS for next_offset, _, _ in taken)
         primed: list[Inode] = []
         if self._is_worth_priming(directory):
-            primed = self._table.remember_all([entry for _, _, entry in taken[dots:]])
+            primed = self._table.remember_all([entry for _, _, entry in taken[dots:]], unique)
         message = self._pack_plus(unique, directory.inode, taken, dots, primed)
-        if not self._channel.send(message):
-            for inode in primed:
-                self._table.forget(inode.nodeid, 1)
+        if not self._channel.send(message) and primed:
+            self._table.take_back_all(primed)
 
     def _is_worth_priming(self, directory: _OpenDirectory) -> bool:
         was_searched, directory.inode.is_searched = directory.inode.is_searched, False

@@ -5,9 +5,9 @@ inode (the kernel answers EIO otherwise), the backing ids, and the handles of re
 client's handle knows where bytes lie; the channel waits.
 
 Small files (and all in `pagecache` mode) cost nothing at OPEN: their handle is opened by the first READ and closed when
-a read has reached the end, so a warm file is never opened here at all. `opens_*` and `backing_id` of an inode change
-under `_lock` only; handles are opened and closed by the loop's thread only, except that a worker closes one that was
-dropped while it was reading it (`pins`).
+a read has reached the end, so a warm file is never opened here at all. The opens and the backing id of an inode change
+under the table's lock only; handles are opened and closed by the loop's thread only, except that a worker closes one
+that was dropped while it was reading it (`pins`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from orchestra.client.contract import Client, Handle
 from orchestra.errors import IsADirectoryPathError, NotFoundError, StaleObjectError
 from orchestra.fuse.channel import Channel, Message, Undo
-from orchestra.fuse.inodes import Inode, InodeTable
+from orchestra.fuse.inodes import OPENED_CACHED, OPENED_PASSTHROUGH, Inode, InodeTable
 from orchestra.fuse.misses import Misses, Waiting
 from orchestra.fuse.options import HANDLES_MAX, PAGECACHE_HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
 from orchestra.fuse.protocol import (
@@ -45,8 +45,8 @@ from orchestra.values import Entry
 log = logging.getLogger(__name__)
 
 # What RELEASE must know about the OPEN it ends travels as the file's fh.
-_FH_CACHED = 1
-_FH_PASSTHROUGH = 2
+_FH_CACHED = OPENED_CACHED
+_FH_PASSTHROUGH = OPENED_PASSTHROUGH
 _FH_SMALL = 3
 _CACHED = int(OpenFlag.KEEP_CACHE | OpenFlag.NOFLUSH)
 _PASSED = int(OpenFlag.PASSTHROUGH | OpenFlag.NOFLUSH)
@@ -74,7 +74,7 @@ class Files:
         table: InodeTable,
         channel: Channel,
         options: MountOptions,
-        incoming: bytearray,
+        incoming: memoryview,
         on_stale: Callable[[Entry], None],
     ) -> None:
         self._client = client
@@ -101,7 +101,7 @@ class Files:
         if self._no_open:
             self._channel.send_error(unique, errno.ENOSYS)
             return
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is None:
             self._channel.send_error(unique, errno.ESTALE)
             return
@@ -113,32 +113,30 @@ class Files:
         if self.passthrough_allowed:
             self._channel.wait(unique, partial(self._open_large, unique, inode))
             return
-        with self._lock:
+        with self._table.lock:
             answer = self._opened_as_it_is(unique, inode)
         self._channel.send_or_undo(*answer)
 
     def _open_large(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
-        with self._lock:
-            if inode.opens_passthrough or inode.opens_cached:
+        with self._table.lock:
+            if any(self._table.opens(inode)):
                 return self._opened_as_it_is(unique, inode)
         handle = self._client.open(inode.entry.path, entry=inode.entry)
         try:
             backing_fd = handle.backing_fd()
-            with self._lock:  # another OPEN of this inode may have decided meanwhile
-                if backing_fd is not None and not inode.opens_passthrough and not inode.opens_cached:
-                    inode.backing_id = self._register(backing_fd)
+            with self._table.lock:  # another OPEN of this inode may have decided meanwhile
+                if backing_fd is not None and not any(self._table.opens(inode)):
+                    self._table.set_backing(inode, self._register(backing_fd))
                 return self._opened_as_it_is(unique, inode)
         finally:
             handle.close()  # the kernel holds the file by itself now; a READ opens its own
 
     def _opened_as_it_is(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
         """Count and answer an open in the mode the inode is in; the caller holds the lock."""
-        if inode.backing_id:
-            inode.opens_passthrough += 1
-            message = open_reply(unique, _FH_PASSTHROUGH, _PASSED, inode.backing_id)
-            return message, partial(self._released, inode, _FH_PASSTHROUGH)
-        inode.opens_cached += 1
-        return open_reply(unique, _FH_CACHED, _CACHED), partial(self._released, inode, _FH_CACHED)
+        _, _, backing_id = self._table.opens(inode)
+        fh, flags = (_FH_PASSTHROUGH, _PASSED) if backing_id else (_FH_CACHED, _CACHED)
+        self._table.count_open(inode, fh, unique)
+        return open_reply(unique, fh, flags, backing_id), partial(self._released, inode, fh, unique, is_undo=True)
 
     def _register(self, backing_fd: int) -> int:
         """Return the kernel's id for a backing file, 0 if it refuses."""
@@ -164,31 +162,32 @@ class Files:
                 self.drop(nodeid)
             self._channel.send(HEADER_OUT.pack(HEAD, 0, unique))
             return
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is not None:
-            self._released(inode, fh)
-            if not inode.opens_cached:
-                self.drop(nodeid)
+            if self._released(inode, fh, unique, is_undo=False) or fh == _FH_PASSTHROUGH:
+                self._channel.send_error(unique, 0)
+                return
+            self.drop(nodeid)
         self._channel.send_error(unique, 0)
 
-    def _released(self, inode: Inode, fh: int) -> None:
-        with self._lock:
-            if fh == _FH_CACHED:
-                inode.opens_cached -= 1
-                return
-            inode.opens_passthrough -= 1
-            if inode.opens_passthrough:
-                return
-            backing_id, inode.backing_id = inode.backing_id, 0
-            fcntl.ioctl(self._channel.device_fd, BACKING_CLOSE, struct.pack("<I", backing_id))
-            self._counters.backing_closed += 1
+    def _released(self, inode: Inode, fh: int, unique: int, *, is_undo: bool) -> int:
+        """Take an open back; return how many of its kind are left."""
+        table = self._table
+        with table.lock:
+            _, passed, backing_id = table.opens(inode)
+            if fh == _FH_PASSTHROUGH and passed == 1 and backing_id:
+                # Noted as closed first: a death in between leaks the kernel's hold, and cannot name a closed file.
+                table.set_backing(inode, 0)
+                fcntl.ioctl(self._channel.device_fd, BACKING_CLOSE, struct.pack("<I", backing_id))
+                self._counters.backing_closed += 1
+            return table.count_release(inode, fh, unique, is_undo=is_undo)
 
     # -- READ -----------------------------------------------------------------------------------------------------
 
     def read(self, unique: int, nodeid: int, end: int) -> None:
         """READ: bytes on this node's disk go out in one write; anything else is fetched by a worker."""
         _, offset, size = READ_IN.unpack_from(self._incoming, BODY)
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is None:
             self._channel.send_error(unique, errno.ESTALE)
             return

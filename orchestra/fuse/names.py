@@ -80,7 +80,7 @@ class Names:
     """Answers LOOKUP, GETATTR, GETXATTR and LISTXATTR."""
 
     def __init__(
-        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: bytearray
+        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: memoryview
     ) -> None:
         self._client = client
         self._table = table
@@ -94,7 +94,7 @@ class Names:
 
     def lookup(self, unique: int, nodeid: int, end: int) -> None:
         """LOOKUP: from what is known at once, else from a worker."""
-        parent = self._table.get(nodeid)
+        parent = self._table.get(nodeid) or self._table.load(nodeid)
         if parent is None:
             self._channel.send_error(unique, errno.ESTALE)
             return
@@ -129,9 +129,9 @@ class Names:
         attributes = self._attributes
         message_attr = attributes.attr(entry)
         timeout = attributes.entry_timeout(entry.path)
-        inode = self._table.remember(entry)
+        inode = self._table.remember(entry, unique)
         message = entry_reply(unique, inode.nodeid, timeout, attributes.attr_timeout(entry), message_attr)
-        return message, partial(self._table.forget, inode.nodeid, 1)
+        return message, partial(self._table.take_back, inode.nodeid, unique)
 
     def suspect(self, entry: Entry) -> None:
         """Have the kernel and the client look `entry`'s path up afresh at its next use; may wait, so on a worker only.
@@ -151,7 +151,7 @@ class Names:
 
     def getattr(self, unique: int, nodeid: int, end: int) -> None:
         """GETATTR: a file's are fixed; a directory's come from the client."""
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is None:
             self._channel.send_error(unique, errno.ESTALE)
             return
@@ -182,7 +182,7 @@ class Names:
         """GETXATTR: `user.orchestra.version` of a file; ENODATA for the rest."""
         size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
         name = bytes(self._incoming[BODY + GETXATTR_IN.size : end - 1])
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         if inode is None or name != VERSION_XATTR or not inode.entry.version:
             self._channel.send_error(unique, errno.ENODATA)
             return
@@ -191,7 +191,7 @@ class Names:
     def listxattr(self, unique: int, nodeid: int, end: int) -> None:
         """LISTXATTR."""
         size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
-        inode = self._table.get(nodeid)
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
         has_version = inode is not None and inode.entry.version
         self._send_xattr(unique, size, VERSION_XATTR + b"\0" if has_version else b"")
 

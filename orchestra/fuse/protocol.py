@@ -13,6 +13,8 @@ from collections.abc import Iterator
 KERNEL_MAJOR = 7
 KERNEL_MINOR = 45
 ROOT_NODEID = 1
+# Set in the number of a request that the kernel sends again; the answer bears the same number.
+RESENT_BIT = 1 << 63
 
 
 class Opcode(enum.IntEnum):
@@ -265,6 +267,11 @@ def expire_entry_message(parent_nodeid: int, name: bytes, flags: int) -> bytes:
     """Return the notification that makes the kernel look `name` up again at its next use."""
     size = INVAL_ENTRY.size + len(name) + 1
     return INVAL_ENTRY.pack(size, NOTIFY_INVAL_ENTRY, 0, parent_nodeid, len(name), flags) + name + b"\0"
+
+
+def resend_message() -> bytes:
+    """Return the notification that makes the kernel send every unanswered request again."""
+    return HEADER_OUT.pack(HEAD, NOTIFY_RESEND, 0)
 
 
 def init_reply(

@@ -22,19 +22,28 @@ from orchestra.fuse.channel import Channel
 from orchestra.fuse.counters import Counters
 from orchestra.fuse.directories import Directories
 from orchestra.fuse.files import Files
-from orchestra.fuse.inodes import InodeTable
+from orchestra.fuse.inodes import Inode, InodeTable
 from orchestra.fuse.names import Attributes, Names
 from orchestra.fuse.options import (
     BACKGROUND_MAX,
     NAME_BYTES_MAX,
     PAGES_MAX,
     READ_BYTES_MAX,
-    REQUEST_BYTES_MAX,
     WRITE_BYTES_MAX,
     Mode,
     MountOptions,
 )
-from orchestra.fuse.protocol import BODY, HEADER_IN, OPCODE_COUNT, UNANSWERED, WRITING, InitFlag, Opcode
+from orchestra.fuse.protocol import (
+    BODY,
+    HEADER_IN,
+    OPCODE_COUNT,
+    RESENT_BIT,
+    UNANSWERED,
+    WRITING,
+    InitFlag,
+    Opcode,
+)
+from orchestra.fuse.shared import INIT_FLAGS
 from orchestra.values import Entry
 
 log = logging.getLogger(__name__)
@@ -55,6 +64,7 @@ _WANTED = (
     | InitFlag.INIT_EXT
     | InitFlag.HAS_EXPIRE_ONLY
     | InitFlag.NO_EXPORT_SUPPORT
+    | InitFlag.HAS_RESEND
 )
 # One stacked file system: the backing files lie on a plain one. 2 would forbid an overlay on top of the mount.
 _STACK_DEPTH = 1
@@ -71,21 +81,34 @@ class Session:
     `root` is the entry shown as the mount's root. `counters` may be read from any thread.
     """
 
-    def __init__(self, device_fd: int, client: Client, root: Entry, options: MountOptions) -> None:
+    def __init__(
+        self, device_fd: int, client: Client, root: Entry, options: MountOptions, *, table: InodeTable | None = None
+    ) -> None:
         self.counters = Counters()
-        self.table = InodeTable(root)
+        self.table = table or InodeTable(root)
         self.channel = Channel(
             device_fd, self.counters, threads_max=options.threads_max, daemon_wait_s=options.daemon_wait_s
         )
         self.refusal: MountError | None = None  # why the handshake failed
         self._device_fd = device_fd
         self._options = options
-        self._incoming = bytearray(REQUEST_BYTES_MAX)
+        self._incoming = self.table.memory.request_buffer(self.table.slot)
         attributes = Attributes(client, root, options)
         self._names = Names(client, self.table, self.channel, attributes, self._incoming)
         self._directories = Directories(client, self.table, self.channel, attributes, self._incoming)
         self._files = Files(client, self.table, self.channel, options, self._incoming, self._names.suspect)
         self._handlers = self._table_of_handlers()
+        self.other_devices: tuple[int, ...] = ()  # where the requests of other workers are answered
+
+    def take_over(self) -> None:
+        """Go on where another worker of this slot was killed: finish its last FORGET, and have what it left unanswered
+        sent again. Before `run`."""
+        self._accept(InitFlag(self.table.memory.words[INIT_FLAGS]))
+        length, opcode, unique, nodeid, *_ = HEADER_IN.unpack_from(self._incoming)
+        if length >= BODY and opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
+            items = self._forgets_in(opcode, nodeid, length)
+            self.table.forget_asked(unique, items, self.table.forgets_done(unique))
+        self.channel.send(protocol.resend_message())
 
     def run(self) -> None:
         """Answer requests until the mount is gone; returns then. Raises what a signal handler raises."""
@@ -108,12 +131,22 @@ class Session:
                 index = opcode if opcode < OPCODE_COUNT else 0
                 requests[index] += 1
                 try:
+                    if unique >= RESENT_BIT and self._is_done(index, unique):
+                        continue
                     handlers[index](unique, nodeid, end)
                 except Exception as error:  # noqa: BLE001 - the outermost frame of a request: log it and answer
                     self._answer_failure(index, unique, error)
         finally:
             self._files.close()
             self.channel.close()
+
+    def _is_done(self, opcode: int, unique: int) -> bool:
+        """Whether a request that came again needs nothing more; takes back what a dead worker had counted for it."""
+        self.counters.resent += 1
+        if not self.table.settle(unique):
+            return False
+        self.channel.send_error(unique, 0)
+        return True
 
     def _answer_failure(self, opcode: int, unique: int, error: Exception) -> None:
         if opcode in UNANSWERED:
@@ -175,14 +208,13 @@ class Session:
         mode = self._options.mode
         if mode is not Mode.PAGECACHE and offered & InitFlag.PASSTHROUGH:
             flags |= InitFlag.PASSTHROUGH
-            self._files.passthrough_allowed = True
         elif mode is Mode.PASSTHROUGH:
             self._refuse(
                 unique, "mode passthrough needs Linux 6.9 or later with CONFIG_FUSE_PASSTHROUGH; use mode auto"
             )
             return
-        if flags & InitFlag.HAS_EXPIRE_ONLY:
-            self._names.expire_flags = protocol.EXPIRE_ONLY
+        self.table.memory.put(INIT_FLAGS, int(flags))
+        self._accept(flags)
         self.channel.send(
             protocol.init_reply(
                 unique,
@@ -196,30 +228,44 @@ class Session:
             )
         )
 
+    def _accept(self, flags: InitFlag) -> None:
+        """Go by what was agreed with the kernel."""
+        self._files.passthrough_allowed = bool(flags & InitFlag.PASSTHROUGH)
+        if flags & InitFlag.HAS_EXPIRE_ONLY:
+            self._names.expire_flags = protocol.EXPIRE_ONLY
+
     def _refuse(self, unique: int, sentence: str) -> None:
         self.refusal = MountError(sentence)
         self.channel.send_error(unique, errno.EPROTO)
 
     def _forget(self, unique: int, nodeid: int, end: int) -> None:
-        (lookups,) = protocol.LOOKUP_COUNT.unpack_from(self._incoming, BODY)
-        self._forget_one(nodeid, lookups)
+        self._forget_all(unique, self._forgets_in(Opcode.FORGET, nodeid, end))
 
     def _batch_forget(self, unique: int, nodeid: int, end: int) -> None:
-        for known, lookups in protocol.unpack_forgets(memoryview(self._incoming)[BODY:end]):
-            self._forget_one(known, lookups)
+        self._forget_all(unique, self._forgets_in(Opcode.BATCH_FORGET, nodeid, end))
 
-    def _forget_one(self, nodeid: int, lookups: int) -> None:
-        inode = self.table.forget(nodeid, lookups)
-        if inode is None:
-            return
+    def _forgets_in(self, opcode: int, nodeid: int, end: int) -> list[tuple[int, int]]:
+        """Return the (number, look-ups) pairs of the request that was read last."""
+        if opcode == Opcode.FORGET:
+            return [(nodeid, protocol.LOOKUP_COUNT.unpack_from(self._incoming, BODY)[0])]
+        return list(protocol.unpack_forgets(self._incoming[BODY:end]))
+
+    def _forget_all(self, unique: int, items: list[tuple[int, int]]) -> None:
+        for inode in self.table.forget_asked(unique, items):
+            self._forgotten(inode)
+
+    def _forgotten(self, inode: Inode) -> None:
         if inode.entry.is_directory:
-            self._directories.forgotten(nodeid)
+            self._directories.forgotten(inode.nodeid)
         else:
-            self._files.drop(nodeid)
+            self._files.drop(inode.nodeid)
 
     def _interrupt(self, unique: int, nodeid: int, end: int) -> None:
         (target,) = protocol.INTERRUPT_IN.unpack_from(self._incoming, BODY)
-        self.channel.interrupt(target)
+        if not self.channel.interrupt(target):
+            # Whichever worker has it; a device that does not knows no such request, and says so to nobody.
+            for device_fd in self.other_devices:
+                self.channel.interrupt_at(device_fd, target)
 
     def _statfs(self, unique: int, nodeid: int, end: int) -> None:
         message = protocol.statfs_reply(

@@ -90,8 +90,8 @@ def test_the_table_agrees_with_a_dict_of_counts(steps: list[tuple[str, str, bool
             inode = table.remember(_file(path, version))
             counts[inode.nodeid] = counts.get(inode.nodeid, 0) + 1
         for nodeid, count in counts.items():
-            found = table.get(nodeid)
-            assert (found.lookups if found is not None else 0) == count
+            assert (table.get(nodeid) is not None) == bool(count)
+            assert table.lookups_of(nodeid) == count
     assert len(table) == 1 + sum(count > 0 for count in counts.values())
 
 
