@@ -11,6 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from orchestra.blocks.eviction.contract import EvictionPolicy
+from orchestra.blocks.eviction.plan import PlanPolicy
 from orchestra.blocks.index import BlockIndex, IndexRow
 
 
@@ -78,6 +79,10 @@ class Accounts:
             self._policy.add(row.name)
             self.used_bytes += row.size_bytes
 
+    def room_bytes(self) -> int:
+        """Bytes that may be added now without anything leaving, beside what is reserved."""
+        return self._limit.room_bytes(self.used_bytes) - self._reserved_bytes
+
     def choose_victims(self, size_bytes: int, busy: Container[str]) -> list[str]:
         """Return the names that must leave before `size_bytes` can be added; none of `busy`.
 
@@ -122,10 +127,15 @@ class Accounts:
         self._mark_used(name)
 
     def touch(self, name: str) -> None:
-        """`name` was read."""
+        """`name` was read, whether it is held or not."""
+        self._policy.touch(name)
         if name in self._sizes:
-            self._policy.touch(name)
             self._mark_used(name)
+
+    @property
+    def plans(self) -> PlanPolicy | None:
+        """Where readers' plans are told; None if the policy does not follow any."""
+        return self._policy if isinstance(self._policy, PlanPolicy) else None
 
     def remove(self, name: str) -> int:
         """Forget `name`; return the bytes that it was charged."""

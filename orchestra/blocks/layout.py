@@ -7,6 +7,7 @@
     extents/ab/<digest>.<n>.ext     extent n of a larger object;  .map beside it
     listings/ab/<hash>  attrs/ab/<hash>      see metadata
     accesses/<pid>-<random>         access rings of readers (see observe)
+    jobs/<n>.json          loads, and what the next daemon needs to go on with them (see daemon/jobs)
     tmp/                   unfinished files, emptied at start
     index.sqlite3          the daemon's accounts; losing it loses no bytes
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 MARKER = "orchestra-cache.json"
 CACHE_FORMAT = 1
-_FOLDERS = ("extents", "listings", "attrs", "accesses", "tmp")
+_FOLDERS = ("extents", "listings", "attrs", "accesses", "jobs", "tmp")
 # sockaddr_un.sun_path is 108 bytes with its NUL.
 SOCKET_PATH_LIMIT_BYTES = 107
 # What the accounts count by: the digest of a small object, or digest and number of an extent.
@@ -70,6 +71,10 @@ class CacheLayout:
     @property
     def accesses(self) -> Path:
         return self.root / "accesses"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / "jobs"
 
     @property
     def tmp(self) -> Path:

@@ -20,6 +20,7 @@ import crc32c
 
 from orchestra.blocks.accounts import Accounts, CacheFullError
 from orchestra.blocks.disk import Buffer, Disk, LocalDisk
+from orchestra.blocks.eviction.plan import NextUses
 from orchestra.blocks.files import BlockFiles
 from orchestra.blocks.formats import PresenceMap
 from orchestra.blocks.geometry import Geometry
@@ -121,11 +122,56 @@ class BlockStore:
                 return None
             return [block for block in blocks if not filling.marks.is_present(block)]
 
-    def touch(self, digest: str, block_index: int) -> None:
-        """A reader read that block."""
+    def room_bytes(self) -> int:
+        """Bytes that may be written now before anything has to leave; negative when something must."""
         with self._lock:
-            self._accounts.touch(digest)
-            self._accounts.touch(f"{digest}.{block_index // self._geometry.blocks_per_extent}")
+            return self._accounts.room_bytes()
+
+    def missing_charge(self, digest: str, size_bytes: int) -> int:
+        """Bytes that the rest of the object would take on disk, by the accounts; 0 when they have all of it. Costs no
+        system call."""
+        whole = _charge(size_bytes)
+        return max(0, whole - sum(self._accounts.size_of(name) for name in self._names(digest, size_bytes)))
+
+    def charge_of(self, size_bytes: int) -> int:
+        """Bytes that so much data takes on disk."""
+        return _charge(size_bytes)
+
+    def touch(self, digest: str, block_index: int) -> None:
+        """A reader read that block, which may be here or not."""
+        with self._lock:
+            # A note does not say how large the object is.
+            is_small = digest in self._accounts
+            extent = f"{digest}.{block_index // self._geometry.blocks_per_extent}"
+            self._accounts.touch(digest if is_small else extent)
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def names_of(self, digest: str, size_bytes: int, blocks: range | None = None) -> list[str]:
+        """Return the extents of an object (of some blocks of it) by the names that plans, policies and accounts use."""
+        if self._geometry.is_small(size_bytes):
+            return [digest] if size_bytes else []
+        blocks = range(self._geometry.block_count(size_bytes)) if blocks is None else blocks
+        return [f"{digest}.{index}" for index, _ in self._geometry.extents_of(blocks)]
+
+    def follow_plan(self, reader: str, uses: NextUses) -> None:
+        """`reader` will read these extents in this order; replaces what was said of that reader. Policies that follow
+        no plan ignore it (`auto` and `plan` do)."""
+        with self._lock:
+            if (plans := self._accounts.plans) is not None:
+                plans.follow(reader, uses)
+
+    def advance_plan(self, reader: str, position: int) -> None:
+        """The reads of `reader` at positions below this one are done."""
+        with self._lock:
+            if (plans := self._accounts.plans) is not None:
+                plans.advance(reader, position)
+
+    def forget_plan(self, reader: str) -> None:
+        """That plan ended, or was given up."""
+        with self._lock:
+            if (plans := self._accounts.plans) is not None:
+                plans.forget(reader)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -72,10 +72,11 @@ class EvictionSuite(ABC):
         assert sorted(policy.victims()) == ["a", "b"]
 
     def test_unknown_names_are_ignored(self) -> None:
-        """Touching or removing what is not held does nothing."""
+        """Touching, removing or evicting what is not held does not make it held, nor costs what is."""
         policy = self.make_filled("a")
         policy.touch("x")
         policy.remove("x")
+        policy.evict("x")
         assert list(policy.victims()) == ["a"]
 
     def test_a_touch_loses_nothing(self) -> None:
@@ -89,6 +90,43 @@ class EvictionSuite(ABC):
         """A name counts as used when it comes in: it does not push itself out while others are idle."""
         policy = self.make_filled("a", "b", "c")
         assert next(policy.victims()) != "c"
+
+    def test_what_was_evicted_is_forgotten_and_may_come_back(self) -> None:
+        """An evicted name is no victim any more; fetched again, it is held like anything else."""
+        policy = self.make_filled("a", "b", "c")
+        victim = next(policy.victims())
+        policy.evict(victim)
+        assert len(policy) == 2
+        assert victim not in list(policy.victims())
+        policy.add(victim)
+        assert sorted(policy.victims()) == ["a", "b", "c"]
+
+    def test_the_second_victim_is_the_first_once_the_first_has_left(self) -> None:
+        """Several victims chosen at one time are those that would be chosen one after the other."""
+        policy = self.make_filled(*"abcdefghijklmnop")
+        for name in "bdbdaafhnoonb":
+            policy.touch(name)
+        order = list(policy.victims())
+        for name in order:
+            assert next(policy.victims()) == name
+            policy.evict(name)
+        assert len(policy) == 0
+
+    def test_a_victim_that_may_not_leave_is_passed_over(self) -> None:
+        """The second may be evicted in place of the first, which stays."""
+        policy = self.make_filled("a", "b", "c", "d")
+        kept, chosen, *_ = policy.victims()
+        policy.evict(chosen)
+        assert kept in list(policy.victims())
+        assert len(policy) == 3
+
+    def test_asking_for_admission_changes_nothing(self) -> None:
+        """However often it is asked, and whatever it says, the same names are held in the same order."""
+        policy = self.make_filled("a", "b", "c")
+        first = list(policy.victims())
+        assert policy.admits("x") == policy.admits("x")
+        policy.admits("a")
+        assert list(policy.victims()) == first
 
     def test_it_agrees_with_a_set_step_by_step(self) -> None:
         """After any thousand steps a policy holds what a plain set would."""
@@ -108,7 +146,7 @@ class EvictionSuite(ABC):
                     held.discard(name)
                 case "evict" if held:
                     victim = next(policy.victims())
-                    policy.remove(victim)
+                    policy.evict(victim)
                     held.remove(victim)
             assert len(policy) == len(held)
         assert set(policy.victims()) == held

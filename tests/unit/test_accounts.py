@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestra.blocks.accounts import Accounts, CacheFullError, SpaceLimit
-from orchestra.blocks.eviction import LruPolicy, make_policy
+from orchestra.blocks.eviction import LruPolicy
 from orchestra.blocks.index import SCHEMA_VERSION, BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import is_extent_name
 from orchestra.units import GIB, MIB
@@ -277,9 +277,3 @@ def test_without_any_place_for_an_index_the_daemon_starts(tmp_path: Path, caplog
     write(books)
     index.close()
     assert "the next start counts the cached files again" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["lru", "auto"])
-def test_policies_have_names(name: str) -> None:
-    """The configuration's words make policies."""
-    assert isinstance(make_policy(name), LruPolicy)
