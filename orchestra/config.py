@@ -29,7 +29,7 @@ class CacheConfig:
     free_space_ratio: float = 0.1
     block_size_bytes: int = BLOCK_SIZE_BYTES
     extent_size_bytes: int = EXTENT_SIZE_BYTES
-    eviction: str = "lru"  # "auto" is accepted and means "lru" until the prefetch issue brings the others
+    eviction: str = "auto"  # see orchestra.blocks.eviction
     verify: str = "boot"  # boot: a block's crc is checked before its first use in a boot; always: on every read
 
 

@@ -99,12 +99,10 @@ def ratios(least: float, most: float) -> Callable[[object], float]:
     return parse
 
 
-def words(*allowed: str, later: tuple[str, ...] = ()) -> Callable[[object], str]:
-    """Return a check for one of `allowed`; those in `later` are known, and refused as not supported yet."""
+def words(*allowed: str) -> Callable[[object], str]:
+    """Return a check for one of `allowed`."""
 
     def parse(value: object) -> str:
-        if value in later:
-            raise ValueError(f"{value!r} is not supported by this version yet (allowed: {', '.join(allowed)})")
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"expected one of {', '.join(allowed)}, got {value!r}")
         return value
