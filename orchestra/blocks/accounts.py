@@ -83,12 +83,7 @@ class Accounts:
         """Bytes that may be added now without anything leaving, beside what is reserved."""
         return self._limit.room_bytes(self.used_bytes) - self._reserved_bytes
 
-    def room_bytes(self) -> int:
-        """Bytes that may be added now without anything leaving, beside what is reserved."""
-        return self._limit.room_bytes(self.used_bytes) - self._reserved_bytes
-
     def choose_victims(self, size_bytes: int, busy: Container[str]) -> list[str]:
-
         """Return the names that must leave before `size_bytes` can be added; none of `busy`.
 
         Raises CacheFullError if even that would not make room.

@@ -137,23 +137,7 @@ class BlockStore:
         """Bytes that so much data takes on disk."""
         return _charge(size_bytes)
 
-    def room_bytes(self) -> int:
-        """Bytes that may be written now before anything has to leave; negative when something must."""
-        with self._lock:
-            return self._accounts.room_bytes()
-
-    def missing_charge(self, digest: str, size_bytes: int) -> int:
-        """Bytes that the rest of the object would take on disk, by the accounts; 0 when they have all of it. Costs no
-        system call."""
-        whole = _charge(size_bytes)
-        return max(0, whole - sum(self._accounts.size_of(name) for name in self._names(digest, size_bytes)))
-
-    def charge_of(self, size_bytes: int) -> int:
-        """Bytes that so much data takes on disk."""
-        return _charge(size_bytes)
-
     def touch(self, digest: str, block_index: int) -> None:
-
         """A reader read that block, which may be here or not."""
         with self._lock:
             # A note does not say how large the object is.
