@@ -13,6 +13,7 @@ from typing import Any
 _MODULES = {
     "ColumnCubes": "cubes",
     "FileDataset": "files",
+    "load_tensor": "files",
     "PlannedSampler": "planned",
     "TensorBatches": "batches",
     "prefetch_to_device": "device",
