@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import crc32c
@@ -154,9 +155,15 @@ class BlockStore:
         blocks = range(self._geometry.block_count(size_bytes)) if blocks is None else blocks
         return [f"{digest}.{index}" for index, _ in self._geometry.extents_of(blocks)]
 
+    def expect(self, reader: str, position: int, names: Sequence[str]) -> None:
+        """`reader` will read these extents at that position of its plan. Policies that follow no plan ignore it (`auto`
+        and `plan` do follow)."""
+        with self._lock:
+            if (plans := self._accounts.plans) is not None:
+                plans.expect(reader, position, names)
+
     def follow_plan(self, reader: str, uses: NextUses) -> None:
-        """`reader` will read these extents in this order; replaces what was said of that reader. Policies that follow
-        no plan ignore it (`auto` and `plan` do)."""
+        """`reader` will read these extents in this order; replaces what was expected of that reader."""
         with self._lock:
             if (plans := self._accounts.plans) is not None:
                 plans.follow(reader, uses)

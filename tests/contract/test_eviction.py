@@ -174,6 +174,18 @@ class TestPlan(EvictionSuite):
         assert list(policy.victims()) == ["a", "b"]
         assert policy.next_use("a") is None
 
+    def test_reads_may_be_expected_bit_by_bit(self) -> None:
+        """Expectations add up, in any order; one about a position that is passed already says nothing."""
+        policy = self.planned("a", "b", "c")
+        policy.expect("r", 5, ["a"])
+        policy.expect("r", 9, ["b", "c"])
+        policy.expect("r", 6, ["c"])
+        assert list(policy.victims()) == ["b", "c", "a"]
+        policy.advance("r", 7)
+        policy.expect("r", 6, ["a"])
+        assert list(policy.victims())[0] == "a"
+        assert policy.next_use("c") == 2
+
     def test_a_long_plan_keeps_the_order_exact(self) -> None:
         """Step by step over three epochs the first victim is the name whose next use is furthest, as if looked up."""
         dataset = names(60)

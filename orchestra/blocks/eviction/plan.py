@@ -5,7 +5,8 @@ Leaves to others: making plans (prefetch), extents that no plan names (the fallb
 
 How a plan runner calls it, through the block store (which holds the lock):
 
-    blocks.follow_plan("rank0", NextUses(names, first=0))   # names in the order of reading; again for a longer plan
+    blocks.expect("rank0", 812, names)                       # these extents are read at position 812; bit by bit ...
+    blocks.follow_plan("rank0", NextUses(names, first=0))    # ... or all at once, which replaces what was expected
     blocks.advance_plan("rank0", 812)                        # the reads at positions below 812 are done
     blocks.forget_plan("rank0")                              # it ended or was given up
 """
@@ -13,7 +14,8 @@ How a plan runner calls it, through the block store (which holds the lock):
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from bisect import insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestra.blocks.eviction.contract import EvictionPolicy
@@ -26,7 +28,7 @@ _STALE_MIN = 1024
 @dataclass(frozen=True, slots=True)
 class NextUses:
     """The reads to come of one reader, in order: `names[i]` (an extent, `BlockStore.names_of`) at position
-    `first + i`. The same name may come again. Pure; for the next epoch give a longer one from the same position on."""
+    `first + i`. The same name may come again. Pure."""
 
     names: Sequence[str]
     first: int = 0
@@ -34,13 +36,12 @@ class NextUses:
 
 @dataclass(slots=True)
 class _Plan:
-    """One reader's plan. `shift` puts its positions on the policy's own time, which is the furthest reader's."""
+    """What is expected of one reader. `shift` puts its positions on the policy's own time, the furthest reader's."""
 
-    uses: NextUses
-    position: int
     shift: int
-    # name -> its positions from `position` on, the next one last
-    ahead: dict[str, list[int]] = field(default_factory=dict)
+    position: int
+    ahead: dict[str, list[int]] = field(default_factory=dict)  # name -> its positions to come, the next one first
+    steps: list[tuple[int, str]] = field(default_factory=list)  # the same by position, a heap
 
 
 class PlanPolicy:
@@ -62,38 +63,50 @@ class PlanPolicy:
 
     # -- plans -----------------------------------------------------------------------------------------------------
 
+    def expect(self, reader: str, position: int, names: Iterable[str]) -> None:
+        """`reader` will read these extents at `position`, besides what was expected of it before."""
+        plan = self._plans.get(reader)
+        if plan is None:
+            plan = self._plans[reader] = _Plan(self._now - position, position)
+        if position < plan.position:
+            return
+        names = tuple(names)
+        for name in names:
+            positions = plan.ahead.setdefault(name, [])
+            if position not in positions:
+                insort(positions, position)
+                heapq.heappush(plan.steps, (position, name))
+        self._set_due(names)
+
     def follow(self, reader: str, uses: NextUses) -> None:
-        """From now on `reader` is expected to read `uses`; replaces what was said of that reader."""
-        touched = set(self._ahead_of(reader))
-        plan = _Plan(uses, uses.first, self._now - uses.first)
-        for index in range(len(uses.names) - 1, -1, -1):
-            plan.ahead.setdefault(uses.names[index], []).append(uses.first + index)
-        self._plans[reader] = plan
-        self._set_due(touched | plan.ahead.keys())
+        """From now on `reader` is expected to read `uses`, and nothing that was expected before."""
+        self.forget(reader)
+        self._plans[reader] = _Plan(self._now - uses.first, uses.first)
+        for index, name in enumerate(uses.names):
+            self.expect(reader, uses.first + index, (name,))
 
     def advance(self, reader: str, position: int) -> None:
-        """`reader` has done its reads below `position`. A reader without a plan is ignored."""
+        """`reader` has done its reads below `position`. A reader of whom nothing is expected is ignored."""
         plan = self._plans.get(reader)
         if plan is None:
             return
-        uses = plan.uses
-        done = range(plan.position - uses.first, min(position - uses.first, len(uses.names)))
         plan.position = max(plan.position, position)
         self._now = max(self._now, plan.position + plan.shift)
-        passed = {uses.names[index] for index in done}
-        for name in passed:
+        passed = []
+        while plan.steps and plan.steps[0][0] < plan.position:
+            name = heapq.heappop(plan.steps)[1]
             positions = plan.ahead[name]
-            while positions and positions[-1] < plan.position:
-                positions.pop()
+            del positions[0]
             if not positions:
                 del plan.ahead[name]
+            passed.append(name)
         self._set_due(passed)
 
     def forget(self, reader: str) -> None:
         """Nothing is known any more of what `reader` will read."""
-        names = set(self._ahead_of(reader))
-        self._plans.pop(reader, None)
-        self._set_due(names)
+        plan = self._plans.pop(reader, None)
+        if plan is not None:
+            self._set_due(plan.ahead)
 
     def next_use(self, name: str) -> int | None:
         """In how many reads `name` is due, 0 if at once; None if no plan names it."""
@@ -154,15 +167,11 @@ class PlanPolicy:
 
     # -- due -------------------------------------------------------------------------------------------------------
 
-    def _ahead_of(self, reader: str) -> dict[str, list[int]]:
-        plan = self._plans.get(reader)
-        return plan.ahead if plan is not None else {}
-
     def _due_of(self, name: str) -> int | None:
-        dues = [plan.ahead[name][-1] + plan.shift for plan in self._plans.values() if name in plan.ahead]
+        dues = [plan.ahead[name][0] + plan.shift for plan in self._plans.values() if name in plan.ahead]
         return min(dues, default=None)
 
-    def _set_due(self, names: set[str] | tuple[str, ...]) -> None:
+    def _set_due(self, names: Iterable[str]) -> None:
         """Bring the order in line for those of `names` that are held."""
         for name in names:
             if name not in self._held:
