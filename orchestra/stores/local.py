@@ -102,7 +102,17 @@ class LocalStore:
         except OrchestraError:  # ours are OSErrors too
             raise
         except OSError as error:
-            raise _translated(error, operation, missing="no such folder") from error
+            is_file = os.path.isfile(self._root.rstrip("/"))
+            missing = "it is a file: mount the folder that holds it" if is_file else "no such folder"
+            raise _translated(error, operation, missing=missing) from error
+
+    def _not_found(self, error: OSError, operation: Operation) -> OrchestraError:
+        """Return the error for something below the root that the system would not give, which says nothing of it if the
+        root itself is gone: a file system that was unmounted is not an empty one."""
+        failure = _translated(error, operation)
+        if isinstance(failure, NotFoundError) and not os.path.isdir(self._root):
+            return StoreError(operation.failed("the folder itself is gone: was its file system unmounted?"))
+        return failure
 
     def _path(self, key: str, operation: Operation) -> str:
         segments = key.removesuffix("/").split("/")
@@ -119,7 +129,7 @@ class LocalStore:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
         except OSError as error:
-            raise _translated(error, operation) from error
+            raise self._not_found(error, operation) from error
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise NotFoundError(operation.failed("not a regular file"))
@@ -146,7 +156,7 @@ class LocalStore:
         except OrchestraError:  # ours are OSErrors too
             raise
         except OSError as error:
-            raise _translated(error, operation) from error
+            raise self._not_found(error, operation) from error
         return _info(key, result)
 
     def _read(self, info: ObjectInfo, byte_range: ByteRange, operation: Operation) -> bytes:
@@ -179,7 +189,7 @@ class LocalStore:
         except OrchestraError:
             raise
         except OSError as error:
-            failure = _translated(error, operation)
+            failure = self._not_found(error, operation)
             if isinstance(failure, NotFoundError):
                 return iter(())  # a prefix that holds nothing
             raise failure from error

@@ -42,9 +42,9 @@ class Operation:
     store: str
 
     def failed(self, reason: str) -> str:
-        """Return the sentence "cannot read 'a.jpg' in s3://bucket/: reason"."""
+        """Return the sentence "cannot read 'a.jpg' in s3://bucket/: reason"; without a key only the store is named."""
         key = self.key if len(self.key) <= KEY_CHARACTERS_MAX else self.key[:KEY_CHARACTERS_MAX] + "..."
-        return f"cannot {self.verb} {key!r} in {self.store}: {reason}"
+        return f"cannot {self.verb} {f'{key!r} in ' if key else ''}{self.store}: {reason}"
 
 
 _THROTTLING_CODES = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "ServerBusy"})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestra.errors import AccessDeniedError, NotFoundError, StaleObjectError, StoreUnavailableError
+from orchestra.errors import AccessDeniedError, NotFoundError, StaleObjectError, StoreError, StoreUnavailableError
 from orchestra.stores.local import LocalStore
 from orchestra.testing.under_store import list_all, read_all
 from orchestra.values import ByteRange
@@ -199,7 +199,20 @@ async def test_probe_tells_what_is_wrong(tmp_path: Path) -> None:
         await missing.probe()
     (tmp_path / "file").write_bytes(b"")
     file = LocalStore(str(tmp_path / "file"))
-    with pytest.raises(NotFoundError, match=r"no such folder|it is a file"):
+    with pytest.raises(NotFoundError, match=rf"^cannot reach file://{tmp_path}/file/: it is a file: mount the folder"):
         await file.probe()
     await missing.close()
     await file.close()
+
+
+async def test_a_root_that_is_gone_is_not_an_empty_one(store: LocalStore, folder: Path) -> None:
+    """Where a file system was unmounted nothing is said about its files: neither that they are gone nor an empty list."""
+    (folder / "file").write_bytes(b"bytes")
+    info = await store.head("file")
+    folder.rename(folder.with_name("away"))
+    asked = [list_all(store, ""), list_all(store, "below/"), store.head("file"), store.read(info, ByteRange(0, 5))]
+    for question in asked:
+        with pytest.raises(StoreError, match="the folder itself is gone"):
+            await question
+    folder.with_name("away").rename(folder)
+    assert await read_all(store, info) == b"bytes"
