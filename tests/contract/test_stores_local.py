@@ -206,7 +206,7 @@ async def test_probe_tells_what_is_wrong(tmp_path: Path) -> None:
 
 
 async def test_a_root_that_is_gone_is_not_an_empty_one(store: LocalStore, folder: Path) -> None:
-    """Where a file system was unmounted nothing is said about its files: neither that they are gone nor an empty list."""
+    """Where a file system was unmounted nothing is said of its files: neither that they are gone nor an empty list."""
     (folder / "file").write_bytes(b"bytes")
     info = await store.head("file")
     folder.rename(folder.with_name("away"))
