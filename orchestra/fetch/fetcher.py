@@ -4,8 +4,6 @@ wrappers; which blocks to ask for is the engine's choice."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,28 +37,48 @@ class Fetcher:
         """Have the part that `task` is about to fetch come as early as that priority says."""
         self._budget.hasten(task, priority)
 
-    @asynccontextmanager
-    async def part(
-        self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority
-    ) -> AsyncIterator[Buffer]:
-        """Yield exactly the bytes of `byte_range`; they count against the budget until the block is left.
+    def part(self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority) -> _Part:
+        """Give exactly the bytes of `byte_range` to an `async with`; they count against the budget until it is left.
 
         Raises what the store raises: StaleObjectError, AccessDeniedError, StoreError.
         """
+        return _Part(self, store, info, byte_range, priority)
+
+    async def read(self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority) -> Buffer:
+        """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
         await self._budget.acquire(byte_range.length, priority)
+        self.statistics.requests += 1
+        URGENCY.set(priority)
         try:
-            self.statistics.requests += 1
-            URGENCY.set(priority)
-            try:
-                data = await store.read(info, byte_range)
-            except BaseException:
-                self.statistics.failures += 1
-                raise
+            data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
                 raise StoreUnavailableError(
                     f"{store.store_id}: asked for {byte_range.length} bytes of {info.key!r}, got {len(data)}"
                 )
-            self.statistics.bytes_fetched += byte_range.length
-            yield data
-        finally:
-            self._budget.release(byte_range.length)
+        except BaseException:
+            self.statistics.failures += 1
+            self.release(byte_range.length)
+            raise
+        self.statistics.bytes_fetched += byte_range.length
+        return data
+
+    def release(self, size_bytes: int) -> None:
+        """Give back what `read` took of the budget."""
+        self._budget.release(size_bytes)
+
+
+class _Part:
+    """The bytes of one request for as long as somebody works with them. (A class: a generator's context manager costs
+    ten times as much, and this is entered for every cold file.)"""
+
+    __slots__ = ("_asked", "_fetcher")
+
+    def __init__(self, fetcher: Fetcher, *asked: Any) -> None:
+        self._fetcher = fetcher
+        self._asked = asked
+
+    async def __aenter__(self) -> Buffer:
+        return await self._fetcher.read(*self._asked)
+
+    async def __aexit__(self, *error: object) -> None:
+        self._fetcher.release(self._asked[2].length)

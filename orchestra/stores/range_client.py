@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from multidict import CIMultiDict
@@ -26,6 +28,13 @@ _HEAD_BYTES_MAX = 64 * 1024
 # An error's XML; more is no error that we could name.
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _CONNECT_TIMEOUT_S = 10.0
+# How often a stall timeout is looked at: a connection without a byte is given up after 1 to 1.25 times that.
+_STALL_LOOKS = 4
+# Bodies from this size on are received into memory that was used before; so much of it is kept while requests go on.
+_KEPT_BYTES_MIN = 1024 * 1024
+_KEPT_MAX = 24
+# The list of kept ones, the loop's variable, and the argument of getrefcount itself.
+_REFERENCES_WHEN_FREE = 3
 # Idle connections kept per store; the limiter bounds those in use.
 _IDLE_MAX = 256
 
@@ -58,6 +67,9 @@ class RangeClient:
         self._stall_timeout_s = stall_timeout_s
         self._idle: list[_Connection] = []
         self._is_closed = False
+        self._busy: set[_Connection] = set()
+        self._buffers = _Buffers()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def get(self, target: str, headers: Mapping[str, str], wanted: ByteRange) -> RangeAnswer:
         """Send one GET; return the answer with its whole body.
@@ -82,26 +94,48 @@ class RangeClient:
     async def close(self) -> None:
         """Close idle connections; those in use close when their requests end."""
         self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         while self._idle:
             self._idle.pop().abort()
 
     async def _exchange(self, connection: _Connection, request: bytes, wanted: ByteRange) -> RangeAnswer:
+        self._busy.add(connection)
+        if self._timer is None:
+            self._look_later()
         try:
-            answer = await connection.exchange(request, wanted.length, self._stall_timeout_s)
+            answer = await connection.exchange(request, wanted.length)
         except BaseException:
             connection.abort()
             raise
+        finally:
+            self._busy.discard(connection)
         if connection.is_usable and not self._is_closed and len(self._idle) < _IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.abort()
         return answer
 
+    def _look_later(self) -> None:
+        """One timer for all connections: nearly every request is over before any would have run out."""
+        interval_s = self._stall_timeout_s / _STALL_LOOKS
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._look_for_stalls)
+
+    def _look_for_stalls(self) -> None:
+        self._timer = None
+        for connection in list(self._busy):
+            connection.fail_if_stalled(self._stall_timeout_s)
+        if self._busy:
+            self._look_later()
+        else:
+            self._buffers.clear()
+
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(min(_CONNECT_TIMEOUT_S, self._stall_timeout_s)):
             _, connection = await loop.create_connection(
-                _Connection,
+                partial(_Connection, self._buffers),
                 self._host,
                 self._port,
                 ssl=self._ssl,
@@ -110,10 +144,38 @@ class RangeClient:
         return connection
 
 
+class _Buffers:
+    """Bodies of whole blocks, used again: fresh memory of 4 MiB costs a page fault for every 4 KiB of it.
+
+    A buffer is free when nobody but this list refers to it, so nobody has to say that he is done with one.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[bytearray] = []
+
+    def take(self, size_bytes: int) -> bytearray:
+        """Return a buffer of that size, with anything in it."""
+        if size_bytes < _KEPT_BYTES_MIN:
+            return bytearray(size_bytes)
+        for buffer in self._kept:
+            if sys.getrefcount(buffer) == _REFERENCES_WHEN_FREE and len(buffer) == size_bytes:
+                return buffer
+        fresh = bytearray(size_bytes)
+        if len(self._kept) >= _KEPT_MAX:
+            self._kept.pop(0)  # whoever still uses it keeps it alive
+        self._kept.append(fresh)
+        return fresh
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept.clear()
+
+
 class _Connection(asyncio.BufferedProtocol):
     """One connection, one request at a time. The body is received where it stays."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: _Buffers) -> None:
+        self._buffers = buffers
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._head = bytearray(16 * 1024)
@@ -125,7 +187,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._wanted = 0
         self._keep_alive = True
         self._done: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._looks = 0
         self._progress = 0
         self._seen_progress = 0
 
@@ -134,7 +196,7 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether another request may be sent."""
         return self._transport is not None and self._keep_alive and not self._transport.is_closing()
 
-    async def exchange(self, request: bytes, wanted: int, stall_timeout_s: float) -> RangeAnswer:
+    async def exchange(self, request: bytes, wanted: int) -> RangeAnswer:
         """Send and wait for the whole answer."""
         if self._transport is None:
             raise ConnectionClosedError
@@ -143,12 +205,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._wanted = wanted
         self._done = self._loop.create_future()
         self._seen_progress = self._progress
-        self._timer = self._loop.call_later(stall_timeout_s, self._check_progress, stall_timeout_s)
+        self._looks = -1  # the first look comes too early for this request
         self._transport.write(request)
         try:
             await self._done
         finally:
-            self._timer.cancel()
             self._done = None
         body = self._body if self._body is not None else memoryview(b"")
         self._body = None
@@ -237,7 +298,7 @@ class _Connection(asyncio.BufferedProtocol):
         limit = self._wanted if self._status == 206 else _ERROR_BODY_BYTES_MAX
         if int(length) > limit:
             raise NotPlainError(f"a body of {length} bytes where {limit} were expected")
-        self._body = memoryview(bytearray(int(length)))
+        self._body = memoryview(self._buffers.take(int(length)))
         early = memoryview(self._head)[end + 4 : self._head_length]
         if len(early) > len(self._body):
             raise NotPlainError("more bytes than the answer's length")
@@ -249,9 +310,12 @@ class _Connection(asyncio.BufferedProtocol):
             self._done.set_exception(error)
         self.abort()
 
-    def _check_progress(self, stall_timeout_s: float) -> None:
-        if self._progress == self._seen_progress:
-            self._fail(TimeoutError(f"no byte for {stall_timeout_s:g}s"))
+    def fail_if_stalled(self, stall_timeout_s: float) -> None:
+        """Called `_STALL_LOOKS` times in that time: fail if nothing came meanwhile."""
+        if self._progress != self._seen_progress:
+            self._seen_progress = self._progress
+            self._looks = 0
             return
-        self._seen_progress = self._progress
-        self._timer = self._loop.call_later(stall_timeout_s, self._check_progress, stall_timeout_s)
+        self._looks += 1
+        if self._looks >= _STALL_LOOKS:
+            self._fail(TimeoutError(f"no byte for {stall_timeout_s:g}s"))

@@ -19,6 +19,7 @@ from orchestra.clock import Clock
 from orchestra.errors import StoreError, StoreUnavailableError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
+from orchestra.stores.deadlines import Deadlines
 from orchestra.stores.pages import close_pages, is_resumable, patience_for
 from orchestra.stores.translate import UnreachableError
 from orchestra.units import format_duration
@@ -70,6 +71,7 @@ class RetryStore:
         self._chance = chance
         self._sleep = sleep
         self._retries = 0
+        self._deadlines = Deadlines()
 
     @property
     def store_id(self) -> str:
@@ -87,7 +89,7 @@ class RetryStore:
         last: StoreUnavailableError | None = None
         while True:
             left_s = deadline_s - (self._clock.now_ns() - started_ns) / 1e9
-            bound = asyncio.timeout(max(0.0, left_s))
+            bound = self._deadlines.within(left_s)
             try:
                 async with bound:
                     return await request()

@@ -48,6 +48,12 @@ class Request:
     headers: Mapping[str, str]
 
 
+@lru_cache(maxsize=4)
+def _stamp(wall_s: int) -> str:
+    """Return the time as it is signed; a thousand requests a second share one."""
+    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y%m%dT%H%M%SZ")
+
+
 @lru_cache(maxsize=16)
 def _signing_key(secret: str, day: str, region: str) -> bytes:
     """Derive the key of one day: the same for every request of it, so derived once."""
@@ -59,15 +65,17 @@ def _signing_key(secret: str, day: str, region: str) -> bytes:
 
 def signed_headers(request: Request, credentials: Credentials, *, region: str, wall_s: float) -> dict[str, str]:
     """Return all headers to send: those of the request, the date, the payload's hash, and Authorization."""
-    stamp = datetime.fromtimestamp(wall_s, UTC).strftime("%Y%m%dT%H%M%SZ")
+    stamp = _stamp(int(wall_s))
     headers = {**request.headers, "x-amz-content-sha256": EMPTY_SHA256, "x-amz-date": stamp}
     if credentials.session_token:
         headers["x-amz-security-token"] = credentials.session_token
-    names = ";".join(sorted(headers))
-    lines = "".join(f"{name}:{' '.join(headers[name].split())}\n" for name in sorted(headers))
-    canonical = "\n".join((request.method, request.path, request.query, lines, names, EMPTY_SHA256))
+    ordered = sorted(headers)
+    names = ";".join(ordered)
+    # Runs of spaces count as one; headers of ours have none.
+    lines = "\n".join([f"{name}:{' '.join(headers[name].split())}" for name in ordered])
+    canonical = f"{request.method}\n{request.path}\n{request.query}\n{lines}\n\n{names}\n{EMPTY_SHA256}"
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
-    to_sign = "\n".join(("AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()))
+    to_sign = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
     key = _signing_key(credentials.secret_access_key, stamp[:8], region)
     signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
     headers["authorization"] = (

@@ -7,13 +7,13 @@ not count.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
+from orchestra.stores.deadlines import Deadlines
 from orchestra.stores.pages import PagesThrough, patience_for
 from orchestra.units import KIB
 from orchestra.values import ByteRange, ObjectInfo
@@ -31,6 +31,7 @@ class TimeoutStore:
     def __init__(self, inner: UnderStore, *, attempt_timeout_s: float) -> None:
         self._inner = inner
         self._attempt_timeout_s = attempt_timeout_s
+        self._deadlines = Deadlines()
 
     @property
     def store_id(self) -> str:
@@ -41,7 +42,7 @@ class TimeoutStore:
         return statistics_of(self._inner)
 
     async def _bounded(self, what: str, limit_s: float, request: Callable[[], Awaitable[Answer]]) -> Answer:
-        bound = asyncio.timeout(limit_s)
+        bound = self._deadlines.within(limit_s)
         try:
             async with bound:
                 return await request()
