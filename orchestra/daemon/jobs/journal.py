@@ -1,0 +1,134 @@
+"""Jobs on disk: what a daemon that was killed leaves to the next one.
+
+    jobs/12.json       what was asked for, and the state; replaced whole, synced
+    jobs/12.failed     a JSON line for each file that could not be loaded: {"path", "message"}
+    jobs/12.paths      the list that was given, copied: a path a line
+
+Owns: those files. Leaves to others: what is in them (job). How far a job is stands nowhere: the cache itself says it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from orchestra.daemon.jobs.job import Job, job_from_json
+from orchestra.errors import OrchestraError, UsageError
+
+log = logging.getLogger(__name__)
+
+# Jobs that are over and still listed; older ones are removed.
+_FINISHED_JOBS_MAX = 100
+# Failures kept of one job: 20 MB of lines. With more, the store is what has to be mended, and a second load finds them.
+FAILURES_KEPT_MAX = 100_000
+_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})\.json", re.ASCII)
+
+
+class Journal:
+    """The jobs below one folder; used by the daemon alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self) -> list[Job]:
+        """Return all jobs, oldest first. A file that is none is said in the log and left alone."""
+        found = sorted(
+            (int(match[1]), path) for path in self._folder.iterdir() if (match := _JOB_FILE.fullmatch(path.name))
+        )
+        jobs = []
+        for _, path in found:
+            try:
+                jobs.append(job_from_json(json.loads(path.read_bytes())))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s is no job: %s", path, error)
+        return jobs
+
+    def next_id(self) -> str:
+        """Return a number that no job has, nor any file that looks like one's."""
+        taken = (int(match[1]) for path in self._folder.iterdir() if (match := _JOB_FILE.fullmatch(path.name)))
+        return str(max(taken, default=0) + 1)
+
+    def save(self, job: Job) -> None:
+        """Write the job, synced, in one step. A disk that has no room for it is said in the log: the job goes on."""
+        target = self._path(job.job_id, "json")
+        temporary = target.with_suffix(".tmp")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, json.dumps(job.to_json()).encode())
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            temporary.rename(target)
+        except OSError as error:
+            log.error("job %s cannot be written to %s: %s", job.job_id, target, error.strerror)
+
+    def forget_old(self, jobs: list[Job]) -> list[Job]:
+        """Remove the oldest of those that are over, down to the bound; return the removed."""
+        over = [job for job in jobs if job.state.is_over]
+        removed = over[: max(0, len(over) - _FINISHED_JOBS_MAX)]
+        for job in removed:
+            for suffix in ("json", "failed", "paths"):
+                self._path(job.job_id, suffix).unlink(missing_ok=True)
+        return removed
+
+    # -- failures --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def failures(self, job_id: str) -> Iterator[FailureFile]:
+        """A new, empty file for the failures of a job, open while the block runs."""
+        with self._path(job_id, "failed").open("w", encoding="utf-8", errors="surrogateescape") as file:
+            yield FailureFile(file)
+
+    def failed_paths(self, job_id: str) -> Iterator[str]:
+        """Yield the paths that failed, read bit by bit."""
+        for line in self._lines(job_id, "failed"):
+            yield str(json.loads(line)["path"])
+
+    # -- lists -----------------------------------------------------------------------------------------------------
+
+    def keep_list(self, job_id: str, source: str) -> None:
+        """Copy a list of paths, so that the job does not depend on the file that was given. Raises UsageError."""
+        try:
+            shutil.copyfile(source, self._path(job_id, "paths"))
+        except OSError as error:
+            raise UsageError(f"the list {source} cannot be read: {error.strerror}") from error
+
+    def listed_paths(self, job_id: str, base: str) -> Iterator[str]:
+        """Yield the paths of the list, read bit by bit; lines without a leading slash start at `base`."""
+        for line in self._lines(job_id, "paths"):
+            path = line.rstrip("\r\n")
+            if path:
+                yield path if path.startswith("/") else f"{base.rstrip('/')}/{path}"
+
+    def _lines(self, job_id: str, suffix: str) -> Iterator[str]:
+        try:
+            with self._path(job_id, suffix).open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+                yield from file
+        except FileNotFoundError as error:
+            raise OrchestraError(f"{error.filename} is gone: start the load again") from error
+
+    def _path(self, job_id: str, suffix: str) -> Path:
+        return self._folder / f"{job_id}.{suffix}"
+
+
+class FailureFile:
+    """Where the failures of a running job are written."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._count = 0
+
+    def add(self, path: str, message: str) -> None:
+        """Write one, up to the bound. A full disk loses it: the next load finds that the file is missing."""
+        self._count += 1
+        if self._count <= FAILURES_KEPT_MAX:
+            with contextlib.suppress(OSError):
+                self._file.write(json.dumps({"path": path, "message": message}) + "\n")

@@ -1,0 +1,215 @@
+"""`prefetch = "dataset"`: the first miss under a mount starts loading the rest of it in the background.
+
+Owns: when that begins, where (in the folder that is being read, then the whole mount), when it stops and when it begins
+again. Leaves to others: the files (tree), the requests (loading), giving way to readers (steering, priorities).
+
+It takes only space that is free: it never makes anything leave the cache, and stops when what is left is hardly more
+than what readers may bring at the same time. So it cannot thrash: a block comes at most once by it until somebody else
+evicts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.clock import Clock
+from orchestra.engine.engine import Access, Engine
+from orchestra.engine.mounted import OpenedMount
+from orchestra.errors import OrchestraError
+from orchestra.fetch.budget import Priority
+from orchestra.namespace.paths import join, parent_and_name
+from orchestra.prefetch.loading import Loader
+from orchestra.prefetch.steering import Steering
+from orchestra.prefetch.tree import Page, TreeFile, walk
+
+log = logging.getLogger(__name__)
+
+# Free space that is left alone, beside the piece in hand: room for what readers bring while a window of ours is under
+# way. Of a cache of 64 GiB it is the byte budget, of a tiny one a sixteenth.
+_MARGIN_RATIO = 1 / 16
+# After a run that ended early (a full cache, a store that fails) a miss begins another one no sooner than this.
+_PAUSE_NS = 30_000_000_000
+# Failures in a row after which a run ends: the store is down, and readers will hear of it.
+_FAILURES_IN_A_ROW_MAX = 50
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetLimits:
+    """What bounds it: pieces in flight, and the free space that it leaves (see `_MARGIN_RATIO`)."""
+
+    requests_max: int
+    margin_bytes: int
+
+
+@dataclass(slots=True)
+class DatasetStatus:
+    """One mount's loading, as `daemon status` shows it. `state`: loading, complete, full, failed, stopped."""
+
+    mount: str
+    state: str = "loading"
+    runs: int = 1
+    files_done: int = 0
+    files_failed: int = 0
+    bytes_done: int = 0
+    message: str = ""
+
+
+class _Run:
+    """One mount's run."""
+
+    def __init__(self, mount: OpenedMount, status: DatasetStatus) -> None:
+        self.mount = mount
+        self.status = status
+        self.task: asyncio.Task[None] | None = None
+        self.loader: Loader | None = None
+        self.ended_ns = 0
+        self.failures_in_a_row = 0
+
+    def on_done(self, file: TreeFile) -> None:
+        """See LoadObserver."""
+        self.failures_in_a_row = 0
+        self.status.files_done += 1
+
+    def on_failed(self, path: str, error: OrchestraError) -> None:
+        """See LoadObserver."""
+        self.failures_in_a_row += 1
+        self.status.files_failed += 1
+        self.status.message = f"{path}: {error}"
+
+
+class DatasetPrefetch:
+    """All mounts of a node. One event loop; every task is waited for by `close`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        geometry: Geometry,
+        steering: Steering,
+        clock: Clock,
+        limits: DatasetLimits,
+        room_bytes: Callable[[], int],
+    ) -> None:
+        """`room_bytes`: what may be written now without anything leaving the cache."""
+        self._engine = engine
+        self._geometry = geometry
+        self._steering = steering
+        self._clock = clock
+        self._limits = limits
+        self._room_bytes = room_bytes
+        self._runs: dict[str, _Run] = {}
+        engine.on_access(self._on_miss)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being loaded."""
+        return any(run.task is not None for run in self._runs.values())
+
+    def statuses(self) -> list[DatasetStatus]:
+        """How far each mount is that was begun."""
+        for run in self._runs.values():
+            run.status.bytes_done = run.loader.bytes_done if run.loader is not None else 0
+        return [run.status for run in self._runs.values()]
+
+    async def close(self) -> None:
+        """Stop all."""
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _on_miss(self, access: Access) -> None:
+        mount = access.wanted.mount
+        if mount.config.prefetch != "dataset":
+            return
+        run = self._runs.get(mount.path)
+        if run is not None and (run.task is not None or not self._may_begin_again(run, mount)):
+            return
+        status = DatasetStatus(mount.path, runs=run.status.runs + 1 if run is not None else 1)
+        run = self._runs[mount.path] = _Run(mount, status)
+        folder = parent_and_name(join(mount.path, access.wanted.info.key))[0]
+        run.task = asyncio.create_task(self._load(run, folder), name=f"dataset {mount.path}")
+
+    def _may_begin_again(self, run: _Run, mount: OpenedMount) -> bool:
+        """After a run: what is missed now was evicted, is new, or did not fit. Not worth a walk at every miss."""
+        if run.mount is not mount:
+            return True
+        is_rested = self._clock.now_ns() - run.ended_ns >= _PAUSE_NS
+        return is_rested and self._room_bytes() > 2 * self._limits.margin_bytes
+
+    async def _load(self, run: _Run, folder: str) -> None:
+        status = run.status
+        loader = run.loader = Loader(
+            self._engine,
+            self._geometry,
+            run,
+            priority=Priority.BACKGROUND,
+            limit=self._limits.requests_max,
+            has_room=lambda size_bytes: self._has_room(loader, size_bytes),
+        )
+        try:
+            async with self._steering.steer(loader, self._limits.requests_max):
+                is_whole = await loader.run(self._pages(run, folder))
+            if status.state == "loading":
+                status.state = "complete" if is_whole else "full"
+        except OrchestraError as error:
+            status.state, status.message = "failed", str(error)
+        except asyncio.CancelledError:
+            status.state = "stopped"
+            raise
+        finally:
+            run.task, run.ended_ns = None, self._clock.now_ns()
+            log.info("dataset prefetch of %s: %s, %d files", run.mount.path, status.state, status.files_done)
+
+    def _has_room(self, loader: Loader, size_bytes: int) -> bool:
+        """Whether a piece fits beside what is in flight already, ours and readers', without anything leaving."""
+        in_flight = loader.bytes_in_flight
+        return self._room_bytes() - in_flight - size_bytes >= self._limits.margin_bytes
+
+    async def _pages(self, run: _Run, folder: str) -> AsyncGenerator[Page, None]:
+        """The folder that is being read, then the whole mount; what is here already costs a look each."""
+        path = run.mount.path
+        for start in (folder, path) if folder != path else (path,):
+            async with aclosing(walk(self._engine, start)) as pages:
+                async for page in pages:
+                    if self._engine.mounts.get(path) is not run.mount:
+                        run.status.state, run.status.message = "stopped", "the mount was changed"
+                        return
+                    if run.failures_in_a_row >= _FAILURES_IN_A_ROW_MAX:
+                        run.status.state = "failed"
+                        return
+                    yield self._of_mount(page, run.mount)
+            if start != path and run.loader is not None:  # the walk over all comes to them again
+                run.status.files_done = run.loader.bytes_done = 0
+
+    def _of_mount(self, page: Page, mount: OpenedMount) -> Page:
+        """Without the files of mounts nested in this one: each mount says for itself what is prefetched."""
+        if all(file.wanted.mount is mount for file in page.files):
+            return page
+        return Page(tuple(file for file in page.files if file.wanted.mount is mount), page.path, page.error)
+
+
+def dataset_margin_bytes(cache_size_bytes: int, in_flight_bytes_max: int) -> int:
+    """Return the free space that dataset prefetch leaves alone."""
+    return min(in_flight_bytes_max, int(cache_size_bytes * _MARGIN_RATIO))
+
+
+def statuses_json(prefetch: DatasetPrefetch) -> list[dict[str, Any]]:
+    """Return what `daemon status` shows."""
+    return [
+        {
+            "mount": one.mount,
+            "state": one.state,
+            "runs": one.runs,
+            "files_done": one.files_done,
+            "files_failed": one.files_failed,
+            "bytes_done": one.bytes_done,
+            "message": one.message,
+        }
+        for one in prefetch.statuses()
+    ]

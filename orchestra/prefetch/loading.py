@@ -1,0 +1,218 @@
+"""Brings files into the cache, many at a time, behind everything that readers ask for.
+
+Owns: how many pieces are in flight, what becomes of a file whose piece fails, when to stop because the cache is full.
+Leaves to others: which files (tree), bytes and their place (engine), what is told to whom (jobs, dataset).
+
+A piece is one request. Files wait in one queue that is refilled page by page, and each worker takes the next piece: no
+task and no lock of a file's own, as a file of 50 kB costs the daemon little more than those would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.engine.engine import Engine, Wanted
+from orchestra.errors import NotFoundError, OrchestraError, StaleObjectError
+from orchestra.fetch.budget import Priority
+from orchestra.fetch.coalesce import PART_SIZE_BYTES
+from orchestra.prefetch.pace import Pace
+from orchestra.prefetch.tree import Page, TreeFile, file_at
+from orchestra.stores.limit import URGENCY
+from orchestra.values import ByteRange, EntryKind
+
+# A file that changes this often while it is loaded is reported instead of chased.
+_VERSIONS_MAX = 3
+
+
+class LoadObserver(Protocol):
+    """Is told what became of each file. Must not wait or raise."""
+
+    def on_done(self, file: TreeFile) -> None:
+        """Every byte of the file is in the cache."""
+        ...
+
+    def on_failed(self, path: str, error: OrchestraError) -> None:
+        """The file, or the folder, could not be loaded."""
+        ...
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A file that waits or whose pieces are under way; pieces are cut as they are taken."""
+
+    file: TreeFile
+    pieces_left: int
+    tries: int
+    next_start: int = 0
+    is_over: bool = False
+
+    def cut(self, step_bytes: int) -> tuple[Wanted, bool]:
+        """Return the next piece, and whether it is the last."""
+        whole = self.file.wanted
+        size = whole.info.size_bytes
+        if size <= step_bytes:
+            return whole, True
+        start, self.next_start = self.next_start, self.next_start + step_bytes
+        return Wanted(whole.mount, whole.info, ByteRange(start, min(size, start + step_bytes))), self.next_start >= size
+
+
+class Loader:
+    """One load. One event loop; `run` once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        geometry: Geometry,
+        observer: LoadObserver,
+        *,
+        priority: Priority,
+        limit: int,
+        pace: Pace | None = None,
+        has_room: Callable[[int], bool] = lambda size_bytes: True,
+    ) -> None:
+        """`limit`: pieces in flight at most. `has_room` is asked before a piece is fetched; the first no ends the
+        load."""
+        self._engine = engine
+        self._geometry = geometry
+        self._observer = observer
+        self._priority = priority
+        self._limit = limit
+        self._pace = pace
+        self._has_room = has_room
+        self._waiting: deque[_Loading] = deque()
+        self._is_low = asyncio.Event()
+        self._running = 0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._piece_bytes = max(geometry.block_size_bytes, PART_SIZE_BYTES)
+        self.pieces_in_flight_max = 0
+        self.bytes_done = 0
+        self.bytes_in_flight = 0
+        self.is_full = False
+
+    async def run(self, pages: AsyncGenerator[Page, None]) -> bool:
+        """Load all files of `pages`; False if the cache was full before the end. Raises what `pages` raises.
+
+        Cancelling stops it; requests under way end and are kept.
+        """
+        URGENCY.set(self._priority)  # of the listings, and of all that is started here
+        try:
+            async with aclosing(pages), asyncio.TaskGroup() as self._tasks:
+                async for page in pages:
+                    await self._take(page)
+                    if self.is_full:
+                        break
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        finally:
+            self._tasks = None
+        return not self.is_full
+
+    def set_limit(self, limit: int) -> None:
+        """Have so many pieces in flight from now on; those under way end by themselves."""
+        self._limit = limit
+        self._start_workers()
+
+    # -- filling the queue -----------------------------------------------------------------------------------------
+
+    async def _take(self, page: Page) -> None:
+        if page.error is not None:
+            self._observer.on_failed(page.path, page.error)
+        for file in page.files:
+            self._add(file, tries=1)
+        self._start_workers()
+        # A page is more than a window: with less than that left, the next page is on its way in time.
+        while len(self._waiting) > self._limit and not self.is_full:
+            self._is_low.clear()
+            await self._is_low.wait()
+
+    def _add(self, file: TreeFile, *, tries: int) -> None:
+        size = file.wanted.info.size_bytes
+        if size:
+            self._waiting.append(_Loading(file, -(-size // self._piece_bytes), tries))
+        else:
+            self._observer.on_done(file)
+
+    def _start_workers(self) -> None:
+        if self._tasks is None or not self._waiting:
+            return
+        while self._running < self._limit:
+            self._running += 1
+            self._tasks.create_task(self._work())
+        self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
+
+    # -- emptying it -----------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        waiting = self._waiting
+        try:
+            while waiting and self._running <= self._limit and not self.is_full:
+                loading = waiting[0]
+                wanted, is_last = loading.cut(self._piece_bytes)
+                if is_last or loading.is_over:
+                    waiting.popleft()
+                    if len(waiting) <= self._limit:
+                        self._is_low.set()
+                if not loading.is_over:
+                    await self._bring(loading, wanted)
+        finally:
+            self._running -= 1
+            self._is_low.set()
+
+    async def _bring(self, loading: _Loading, wanted: Wanted) -> None:
+        try:
+            if self._pace is not None and (wait_s := self._pace.wait_s(wanted.byte_range.length)):
+                await asyncio.sleep(wait_s)
+            if not self._has_room(wanted.byte_range.length):
+                self.is_full = True
+            elif self._engine.holds_some(wanted):
+                await asyncio.sleep(0)  # what is here already would keep the loop without a pause
+            if self.is_full:
+                return
+            self.bytes_in_flight += wanted.byte_range.length
+            try:
+                is_kept = await self._engine.ensure(wanted, self._priority)
+            finally:
+                self.bytes_in_flight -= wanted.byte_range.length
+            if not is_kept:
+                self.is_full = True
+                return
+        except StaleObjectError as error:
+            await self._load_next_version(loading, error)
+            return
+        except OrchestraError as error:
+            self._fail(loading, error)
+            return
+        self.bytes_done += wanted.byte_range.length
+        loading.pieces_left -= 1
+        if not loading.pieces_left and not loading.is_over:
+            loading.is_over = True
+            self._observer.on_done(loading.file)
+
+    def _fail(self, loading: _Loading, error: OrchestraError) -> None:
+        if not loading.is_over:
+            loading.is_over = True
+            self._observer.on_failed(loading.file.path, error)
+
+    async def _load_next_version(self, loading: _Loading, error: StaleObjectError) -> None:
+        """The file was replaced since it was listed: load what is there now."""
+        if loading.is_over:
+            return
+        if loading.tries >= _VERSIONS_MAX:
+            self._fail(loading, error)
+            return
+        loading.is_over = True
+        path = loading.file.path
+        try:
+            entry = await self._engine.stat(path, refresh=True)
+            if entry.kind is not EntryKind.FILE:
+                raise NotFoundError(f"{path} was replaced by a folder while it was loaded")
+            self._add(file_at(self._engine, path, entry), tries=loading.tries + 1)
+        except OrchestraError as gone:
+            self._observer.on_failed(path, gone)
+        self._start_workers()
