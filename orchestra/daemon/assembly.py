@@ -16,6 +16,9 @@ from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config, FetchConfig
+from orchestra.daemon.jobs.journal import Journal
+from orchestra.daemon.jobs.load import LoadTools
+from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.lock import OwnerLock
 from orchestra.daemon.mounts import MountAdmin, StoreOpener
 from orchestra.engine.engine import Engine
@@ -27,7 +30,9 @@ from orchestra.metadata.reader import MetadataReader
 from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import is_shown_name
 from orchestra.observe.access_ring import AccessLog
+from orchestra.prefetch.dataset import DatasetLimits, DatasetPrefetch, dataset_margin_bytes
 from orchestra.prefetch.runner import PrefetchRunner
+from orchestra.prefetch.steering import Steering
 from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.stores.failover import FailoverStore
 
@@ -57,6 +62,8 @@ class Node:
     mounts: MountAdmin
     accesses: AccessLog
     prefetch: PrefetchRunner
+    dataset: DatasetPrefetch
+    jobs: JobRunner
     writers: ThreadPoolExecutor
     started_ns: int
 
@@ -75,16 +82,7 @@ def assemble(
     lock = OwnerLock(layout.lock, started=started)
     empty_tmp(layout)
     blocks, index = _open_blocks(config, layout, geometry)
-    reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
-    catalog = Catalog(
-        layout,
-        str(layout.tmp),
-        reader,
-        clock=clock,
-        boot_id=boot_id(),
-        is_shown_name=is_shown_name,
-        make_room=lambda: blocks.evict(_ROOM_FOR_RECORDS_BYTES),
-    )
+    catalog = _catalog(layout, blocks, clock)
     budget = ByteBudget(config.fetch.in_flight_bytes_max)
     fetcher = Fetcher(budget)
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
@@ -103,7 +101,10 @@ def assemble(
         environ=os.environ,
         on_change=use,
     )
-    return Node(
+    steering = Steering(engine, fetcher.statistics, clock)
+    journal, requests_max = Journal(layout.jobs), config.fetch.requests_max
+    jobs = JobRunner(LoadTools(engine, blocks, geometry, writers, steering, journal, clock, requests_max))
+    node = Node(
         config=config,
         layout=layout,
         geometry=geometry,
@@ -118,13 +119,19 @@ def assemble(
         mounts=mounts,
         accesses=AccessLog(str(layout.accesses)),
         prefetch=PrefetchRunner(engine, geometry),
+        dataset=_dataset(config, engine, blocks, geometry, steering, clock),
+        jobs=jobs,
         writers=writers,
         started_ns=clock.now_ns(),
     )
+    jobs.resume()
+    return node
 
 
 async def disassemble(node: Node) -> None:
     """Stop everything in the order that loses nothing, and give the cache directory back."""
+    await node.jobs.close()
+    await node.dataset.close()
     await node.prefetch.close()
     await node.engine.close()
     await node.mounts.close()
@@ -153,7 +160,28 @@ def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tup
     return blocks, index
 
 
-def _open_store(settings: StoreSettings, fetch: FetchConfig) -> UnderStore:
+def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> Catalog:
+    return Catalog(
+        layout,
+        str(layout.tmp),
+        MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id()),
+        clock=clock,
+        boot_id=boot_id(),
+        is_shown_name=is_shown_name,
+        make_room=lambda: blocks.evict(_ROOM_FOR_RECORDS_BYTES),
+    )
+
+
+def _dataset(
+    config: Config, engine: Engine, blocks: BlockStore, geometry: Geometry, steering: Steering, clock: Clock
+) -> DatasetPrefetch:
+    margin = dataset_margin_bytes(config.cache.size_bytes, config.fetch.in_flight_bytes_max)
+    limits = DatasetLimits(config.fetch.requests_max, margin)
+    return DatasetPrefetch(engine, geometry, steering, clock, limits, blocks.room_bytes)
+
+
+def _open_store(settings: 
+StoreSettings, fetch: FetchConfig) -> UnderStore:
     # Late, so that a process which only looks at settings does not load the store clients.
     from orchestra.stores.registry import open_store
 
