@@ -26,6 +26,9 @@ STATUS_FAILED = 1
 STATUS_USAGE = 2
 STATUS_INTERRUPTED = 130
 STATUS_BROKEN_PIPE = 141
+# What any call says that would need a descriptor beyond the limit, and a limit that every command gets by with.
+_USED_UP_ERRNOS = (errno.EMFILE, errno.ENFILE)
+DESCRIPTORS_ENOUGH = 1024
 # What standard output says when it cannot take more. Other files are written below commands that name them.
 _OUTPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -39,6 +42,8 @@ COMMANDS = MappingProxyType(
         "demo": ("orchestra.cli.demo:demo", "Train from a mounted S3 bucket, cold and warm, on this machine."),
         "du": ("orchestra.cli.files:du", "Show how many bytes a tree has, and how many of them are cached."),
         "fuse": ("orchestra.cli.fuse:fuse_group", "Mount the namespace as a folder."),
+        "job": ("orchestra.cli.job:job", "List, watch and stop loads."),
+        "load": ("orchestra.cli.load:load", "Bring the files at and below PATH into the cache."),
         "ls": ("orchestra.cli.files:ls", "List folders and files."),
         "mkdir": ("orchestra.cli.files:mkdir", "Make a folder (refused: this version only reads)."),
         "mount": ("orchestra.cli.mount:mount", "Attach stores to the namespace."),
@@ -110,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, EOFError, click.Abort):
         return STATUS_INTERRUPTED
     except OSError as error:
+        if error.errno in _USED_UP_ERRNOS:
+            return _fail(f"{error.strerror}: raise the limit of this shell (ulimit -n {DESCRIPTORS_ENOUGH})", session)
         if error.filename is not None or error.errno not in _OUTPUT_ERRNOS:
             return _fail_unexpectedly(error, session)
         _fail(f"cannot write to standard output: {error.strerror}", session)

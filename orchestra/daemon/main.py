@@ -27,6 +27,7 @@ from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
+from orchestra.daemon.descriptors import raise_limit, report_exhaustion_briefly
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.logs import log_to_file, log_to_stderr
 
@@ -87,8 +88,10 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     else:
         log_to_stderr()
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    raise_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    report_exhaustion_briefly(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
@@ -162,9 +165,19 @@ def _remove_socket(path: Path, inode: int) -> None:
 
 
 async def _watch_accesses(node: Node, activity: Activity) -> None:
+    failed_errno: int | None = None
     while True:
         await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following else _NOTES_INTERVAL_S)
-        notes = node.accesses.collect()
+        if node.jobs.is_busy or node.dataset.is_busy:
+            activity.note()
+        try:
+            notes = node.accesses.collect()
+        except OSError as error:  # no descriptor, or a disk that fails: what was read is learned later, or not at all
+            if error.errno != failed_errno:
+                log.warning("readers' notes cannot be read: %s", error)
+            failed_errno = error.errno
+            continue
+        failed_errno = None
         if not notes:
             continue
         activity.note()

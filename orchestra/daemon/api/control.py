@@ -17,6 +17,7 @@ from orchestra.daemon.api.context import NODE, answer
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.mounts import mount_from_json, mount_to_json
 from orchestra.errors import UsageError
+from orchestra.prefetch.dataset import statuses_json
 from orchestra.stores.counting import HasStatistics
 
 
@@ -139,6 +140,11 @@ def _status(node: Node) -> dict[str, Any]:
         },
         "metadata": dataclasses.asdict(node.catalog.statistics),
         "engine": dataclasses.asdict(node.engine.statistics),
+        "prefetch": {
+            "readahead_blocks": node.prefetch.blocks_asked,
+            "dataset": statuses_json(node.dataset),
+            "jobs_running": sum(not job.state.is_over for job in node.jobs.all()),
+        },
         "stores": stores,
     }
 
