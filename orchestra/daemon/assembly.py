@@ -180,8 +180,8 @@ def _dataset(
     return DatasetPrefetch(engine, geometry, steering, clock, limits, blocks.room_bytes)
 
 
-def _open_store(settings: 
-StoreSettings, fetch: FetchConfig) -> UnderStore:
+def _open_store(settings: StoreSettings
+, fetch: FetchConfig) -> UnderStore:
     # Late, so that a process which only looks at settings does not load the store clients.
     from orchestra.stores.registry import open_store
 
