@@ -38,8 +38,8 @@ class DaemonConnection:
         self._idle: list[socket.socket] = []
         self.messages_sent = 0
 
-    def request(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send one request; return the JSON object of the answer.
+    def request(self, method: str, route: str, body: dict[str, Any] | bytes | None = None) -> dict[str, Any]:
+        """Send one request, with a JSON object or plain bytes; return the JSON object of the answer.
 
         Raises the OrchestraError that the daemon answered with, ConnectionLostError if there was no answer,
         DaemonUnavailableError if it did not come in time.
@@ -85,7 +85,7 @@ class DaemonConnection:
             connection.close()
 
     @contextlib.contextmanager
-    def _exchange(self, method: str, route: str, body: dict[str, Any] | None) -> Iterator[_Answer]:
+    def _exchange(self, method: str, route: str, body: dict[str, Any] | bytes | None) -> Iterator[_Answer]:
         """Send a request and give its answer, whose body is to be read inside. The socket is kept if all went well."""
         message = _message(method, route, body)
         self.messages_sent += 1
@@ -184,9 +184,11 @@ class _Answer:
             raise ConnectionLostError(f"the connection to the daemon broke: {error.strerror or error}") from error
 
 
-def _message(method: str, route: str, body: dict[str, Any] | None) -> bytes:
-    payload = json.dumps(body).encode() if body is not None else b""
+def _message(method: str, route: str, body: dict[str, Any] | bytes | None) -> bytes:
+    is_plain = isinstance(body, bytes)
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else b""
     head = f"{method} {route} HTTP/1.1\r\nHost: orchestra\r\n"
     if payload:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+        kind = "octet-stream" if is_plain else "json"
+        head += f"Content-Type: application/{kind}\r\nContent-Length: {len(payload)}\r\n"
     return head.encode("latin-1") + b"\r\n" + payload

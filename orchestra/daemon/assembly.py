@@ -7,6 +7,7 @@ import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from orchestra.blocks.accounts import Accounts, SpaceLimit
 from orchestra.blocks.eviction import make_policy
@@ -31,6 +32,7 @@ from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import is_shown_name
 from orchestra.observe.access_ring import AccessLog
 from orchestra.prefetch.dataset import DatasetLimits, DatasetPrefetch, dataset_margin_bytes
+from orchestra.prefetch.planned import PlanRunner
 from orchestra.prefetch.runner import PrefetchRunner
 from orchestra.prefetch.steering import Steering
 from orchestra.stores.contract import StoreSettings, UnderStore
@@ -64,6 +66,7 @@ class Node:
     prefetch: PrefetchRunner
     dataset: DatasetPrefetch
     jobs: JobRunner
+    plans: PlanRunner
     writers: ThreadPoolExecutor
     started_ns: int
 
@@ -81,7 +84,7 @@ def assemble(
     layout, geometry = prepare(config.cache.dir, geometry)
     lock = OwnerLock(layout.lock, started=started)
     empty_tmp(layout)
-    blocks, index = _open_blocks(config, layout, geometry)
+    blocks, index = _open_blocks(config, layout, geometry, clock)
     catalog = _catalog(layout, blocks, clock)
     budget = ByteBudget(config.fetch.in_flight_bytes_max)
     fetcher = Fetcher(budget)
@@ -121,6 +124,7 @@ def assemble(
         prefetch=PrefetchRunner(engine, geometry),
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
+        plans=_plan_runner(config, engine, blocks, clock),
         writers=writers,
         started_ns=clock.now_ns(),
     )
@@ -130,6 +134,7 @@ def assemble(
 
 async def disassemble(node: Node) -> None:
     """Stop everything in the order that loses nothing, and give the cache directory back."""
+    await node.plans.close()
     await node.jobs.close()
     await node.dataset.close()
     await node.prefetch.close()
@@ -144,11 +149,12 @@ async def disassemble(node: Node) -> None:
     node.lock.release()
 
 
-def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tuple[BlockStore, BlockIndex]:
-    index = BlockIndex(layout.index)
+def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry, clock: Clock) -> tuple[BlockStore, BlockIndex]:
+    index = BlockIndex(layout.index, boot_id=boot_id())
     rows, clean = index.load()
     limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.prefix))
-    accounts = Accounts(make_policy(config.cache.eviction), limit, index)
+    new_policy = partial(make_policy, config.cache.eviction)
+    accounts = Accounts(new_policy(), limit, index, make_policy=new_policy, clock=clock)
     accounts.load(rows)
     blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
     if not clean:
@@ -158,6 +164,17 @@ def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tup
         blocks.evict(_FREE_AT_START_MIN_BYTES)
     blocks.flush()
     return blocks, index
+
+
+def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Clock) -> PlanRunner:
+    return PlanRunner(
+        engine,
+        blocks,
+        clock=clock,
+        capacity_bytes=config.cache.size_bytes,
+        requests_max=config.fetch.requests_max,
+        in_flight_bytes_max=config.fetch.in_flight_bytes_max,
+    )
 
 
 def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> Catalog:
@@ -180,8 +197,7 @@ def _dataset(
     return DatasetPrefetch(engine, geometry, steering, clock, limits, blocks.room_bytes)
 
 
-def _open_store(settings: StoreSettings
-, fetch: FetchConfig) -> UnderStore:
+def _open_store(settings: StoreSettings, fetch: FetchConfig) -> UnderStore:
     # Late, so that a process which only looks at settings does not load the store clients.
     from orchestra.stores.registry import open_store
 

@@ -1,0 +1,404 @@
+"""Carries out plans: looks at what comes next, has the engine fetch it, and tells eviction what will be used when.
+
+Covers: plans by name, whose turn it is, what is ahead, tables of paths that plans share. Does not cover: arithmetic
+(plan), how an order travels (client/plans.py, daemon/api/plans.py), demand (engine).
+
+How far a reader is comes from its sampler, a message in a tenth of a second, and not from what is read: a file that
+the kernel serves from its page cache leaves no note in any ring, and finding a sample by what was read would take a
+table of every object's name in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestra.blocks.store import BlockStore
+from orchestra.clock import Clock
+from orchestra.engine.engine import Engine
+from orchestra.errors import OrchestraError, UsageError
+from orchestra.fetch.budget import Priority
+from orchestra.prefetch.path_table import PathTable
+from orchestra.prefetch.plan import (
+    IndexSet,
+    PlanLimits,
+    Standing,
+    Timeline,
+    ahead_limit_bytes,
+    most_urgent,
+    next_rate,
+    steps_to_look_at,
+)
+from orchestra.values import ByteRange, EntryKind
+
+log = logging.getLogger(__name__)
+
+# Readers of one node: eight accelerators, and a few jobs that ended without saying so.
+PLANS_MAX = 64
+# Tables that no plan uses (yet): the next job of a search over hyperparameters has the same paths.
+_TABLES_UNUSED_MAX = 2
+# A reader that draws nothing for so long is gone; should it come back it publishes again.
+PLAN_IDLE_S = 1800.0
+# Rounds of looking in one turn of the loop; what is here already is passed over a hundred at a time, in 100 us.
+_ROUNDS_PER_TURN = 16
+# A file for which there was no room is tried again this much later, if its reader has not passed it by then.
+_RETRY_NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """A step that was looked at."""
+
+    step: int
+    index: int
+    size_bytes: int  # an estimate until the file's size is known
+    names: Sequence[str] = ()
+    is_counted: bool = True  # among its plan's bytes ahead
+
+
+@dataclass(slots=True)
+class _Table:
+    paths: PathTable
+    plans: set[str] = field(default_factory=set)
+    present: IndexSet = field(default_factory=IndexSet)  # they were here, and nothing was evicted since
+    evicted_count: int = -1
+
+
+@dataclass(slots=True)
+class _Plan:
+    name: str
+    table: _Table
+    heard_ns: int
+    timeline: Timeline = field(default_factory=Timeline)
+    position: int = 0
+    frontier: int = 0
+    behind: int = 0  # the longest jump of the position: what its workers may not have read yet
+    in_flight: int = 0
+    ahead_bytes: int = 0
+    ahead: deque[_Ahead] = field(default_factory=deque)  # steps from `position` on
+    drawn: deque[_Ahead] = field(default_factory=deque)  # the ones before it that may still be read
+    size_mean_bytes: float = 0.0
+    rate_steps_per_s: float = 0.0
+    no_room: list[_Ahead] = field(default_factory=list)  # to be tried again; nothing else is meanwhile
+    no_room_ns: int = 0
+    has_moved: bool = False
+    fetched: int = 0
+    failed: int = 0
+
+    def standing(self) -> Standing:
+        """The plan's marks."""
+        known = self.frontier if self.no_room else self.timeline.known_stop
+        return Standing(self.position, self.frontier, known, self.ahead_bytes, self.in_flight, self.size_mean_bytes)
+
+
+class PlanRunner:
+    """All plans of a node. One event loop; every task is waited for by `close`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        blocks: BlockStore,
+        *,
+        clock: Clock,
+        capacity_bytes: int,
+        requests_max: int,
+        in_flight_bytes_max: int,
+    ) -> None:
+        self._engine = engine
+        self._blocks = blocks
+        self._clock = clock
+        self._capacity_bytes = capacity_bytes
+        self._requests_max = requests_max
+        self._in_flight_bytes_max = in_flight_bytes_max
+        self._plans: OrderedDict[str, _Plan] = OrderedDict()
+        self._tables: OrderedDict[str, _Table] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_pumping = False
+        self._is_closed = False
+
+    # -- what publishers say ---------------------------------------------------------------------------------------
+
+    def declare_paths(self, name: str, count: int) -> list[int]:
+        """Make room for a table of `count` paths; return the indexes of the parts that are still missing."""
+        table = self._tables.get(name)
+        if table is None or table.paths.count != count:
+            table = self._tables[name] = _Table(PathTable(count))
+            unused = [one for one, held in self._tables.items() if not held.plans and one != name]
+            for one in unused[: max(0, len(unused) - _TABLES_UNUSED_MAX)]:
+                del self._tables[one]
+        return table.paths.missing_parts()
+
+    def add_paths_part(self, name: str, part: int, raw: bytes) -> None:
+        """Take a part of a declared table. Raises UsageError."""
+        self._table(name).paths.add_part(part, raw)
+
+    def add_order(self, name: str, table_name: str, epoch: int, first: int, total: int, samples: array[int]) -> None:
+        """Take samples `first`... of an epoch of `total` of the plan `name`, made if it is new. Raises UsageError."""
+        table = self._table(table_name)
+        if table.paths.missing_parts():
+            raise UsageError("the plan's paths are not complete")
+        if samples and max(samples) >= table.paths.count:
+            raise UsageError(f"sample {max(samples)} of {table.paths.count} paths")
+        plan = self._plans.get(name)
+        if plan is not None and plan.table is not table:
+            self.end(name)
+            plan = None
+        if plan is None:
+            plan = self._begin(name, table)
+        plan.heard_ns = self._clock.now_ns()
+        if plan.timeline.put(epoch, first, total, samples):
+            self._restart(plan, min(plan.frontier, plan.timeline.step_of(epoch, 0) or 0))
+        self._pump()
+
+    def move(self, name: str, epoch: int, offset: int) -> bool:
+        """The reader has drawn `offset` samples of that epoch; False if nothing is known of the plan or epoch."""
+        plan = self._plans.get(name)
+        position = plan.timeline.step_of(epoch, offset) if plan is not None else None
+        if plan is None or position is None:
+            return False
+        now_ns = self._clock.now_ns()
+        before, plan.position = plan.position, position
+        if not plan.has_moved or position < before:
+            self._restart(plan, position)
+        else:
+            # Over the end of an epoch only what was drawn of the new one counts: the reader may have left the old.
+            drawn = min(position - before, offset)
+            plan.rate_steps_per_s = next_rate(plan.rate_steps_per_s, drawn, (now_ns - plan.heard_ns) / 1e9)
+            plan.behind = max(plan.behind, drawn)
+            plan.frontier = max(plan.frontier, position - plan.behind)
+        plan.has_moved, plan.heard_ns = True, now_ns
+        self._pass(plan)
+        self._try_again(plan)
+        plan.timeline.forget_before(position - plan.behind)
+        self._pump()
+        return True
+
+    def end(self, name: str) -> bool:
+        """Forget a plan; what is being fetched for it comes. False if there is none of that name."""
+        plan = self._plans.pop(name, None)
+        if plan is None:
+            return False
+        plan.table.plans.discard(name)
+        self._blocks.forget_plan(name)
+        return True
+
+    def status(self) -> list[dict[str, Any]]:
+        """Each plan's progress, for people and tests."""
+        rows = []
+        for plan in self._plans.values():
+            epoch, offset, total = plan.timeline.epoch_at(plan.position)
+            rows.append(
+                {
+                    "plan": plan.name,
+                    "samples": plan.table.paths.count,
+                    "epoch": epoch,
+                    "position": offset,
+                    "epoch_samples": total,
+                    "ahead_samples": max(0, plan.frontier - plan.position),
+                    "ahead_bytes": plan.ahead_bytes,
+                    "known_samples": max(0, plan.timeline.known_stop - plan.position),
+                    "in_flight": plan.in_flight,
+                    "fetched": plan.fetched,
+                    "failed": plan.failed,
+                    "samples_per_s": round(plan.rate_steps_per_s, 3),
+                }
+            )
+        return rows
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is being looked at or fetched."""
+        return bool(self._tasks) or self._is_pumping
+
+    async def close(self) -> None:
+        """Stop fetching for plans."""
+        self._is_closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def _table(self, name: str) -> _Table:
+        table = self._tables.get(name)
+        if table is None:
+            raise UsageError(f"no paths are known by the name {name[:40]!r}; declare them first")
+        return table
+
+    def _begin(self, name: str, table: _Table) -> _Plan:
+        now_ns = self._clock.now_ns()
+        for old in list(self._plans.values()):
+            if now_ns - old.heard_ns > PLAN_IDLE_S * 1e9:
+                self.end(old.name)
+        if len(self._plans) >= PLANS_MAX:
+            self.end(min(self._plans.values(), key=lambda plan: plan.heard_ns).name)
+        plan = self._plans[name] = _Plan(name, table, now_ns)
+        table.plans.add(name)
+        return plan
+
+    def _restart(self, plan: _Plan, step: int) -> None:
+        """Look at everything from `step` on again: the order changed, or the reader went back."""
+        plan.frontier = step
+        for entry in plan.ahead:
+            entry.is_counted = False
+        plan.ahead.clear()
+        plan.drawn.clear()
+        plan.no_room.clear()
+        plan.ahead_bytes = 0
+        self._blocks.forget_plan(plan.name)
+
+    def _pass(self, plan: _Plan) -> None:
+        """Let go of what the reader has drawn, and tell eviction when it comes again."""
+        while plan.ahead and plan.ahead[0].step < plan.position:
+            passed = plan.ahead.popleft()
+            plan.ahead_bytes -= passed.size_bytes
+            passed.is_counted = False
+            plan.drawn.append(passed)
+        done = plan.position - plan.behind
+        while plan.drawn and plan.drawn[0].step < done:
+            passed = plan.drawn.popleft()
+            again = self._next_use(plan, passed) if passed.names else None
+            if again is not None:
+                self._blocks.expect(again[0], again[1], passed.names)
+        if done > 0:
+            self._blocks.advance_plan(plan.name, done)
+
+    def _next_use(self, plan: _Plan, passed: _Ahead) -> tuple[str, int] | None:
+        """Which reader of these paths reads that sample next, and at which step: any rank's share may have it."""
+        uses = [
+            (name, step)
+            for name in plan.table.plans
+            if (step := self._plans[name].timeline.use_after(self._plans[name].position, passed.index)) is not None
+        ]
+        return min(uses, key=lambda use: use[1] - self._plans[use[0]].position, default=None)
+
+    # -- fetching --------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Start what is due, until enough is in flight or nothing is."""
+        if self._is_closed:
+            return
+        for _ in range(_ROUNDS_PER_TURN):
+            due = [(plan, steps) for plan in self._plans.values() if (steps := self._due(plan))]
+            if not due:
+                return
+            plan, steps = due[most_urgent(one.frontier - one.position for one, _ in due)]
+            for step in steps:
+                self._look(plan, step)
+        if not self._is_pumping:
+            self._is_pumping = True
+            asyncio.get_running_loop().call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._is_pumping = False
+        self._pump()
+
+    def _due(self, plan: _Plan) -> range:
+        standing = plan.standing()
+        if standing.frontier >= standing.known_stop:
+            return range(0)
+        others = sum(other.in_flight for other in self._plans.values()) - plan.in_flight
+        return steps_to_look_at(standing, PlanLimits(self._ahead_max(plan), self._requests_max - others))
+
+    def _ahead_max(self, plan: _Plan) -> int:
+        all_ahead = sum(other.ahead_bytes for other in self._plans.values())
+        limit = ahead_limit_bytes(
+            room_bytes=self._blocks.room_bytes(),
+            ahead_bytes=all_ahead,
+            capacity_bytes=self._capacity_bytes,
+            in_flight_bytes_max=self._in_flight_bytes_max,
+            rate_bytes_per_s=sum(one.rate_steps_per_s * one.size_mean_bytes for one in self._plans.values()),
+        )
+        return limit - (all_ahead - plan.ahead_bytes)
+
+    def _look(self, plan: _Plan, step: int) -> None:
+        index = plan.timeline.index_at(step)
+        assert index is not None, "only known steps are due"
+        plan.frontier = step + 1
+        if self._is_present(plan.table, index):
+            return
+        entry = _Ahead(step, index, int(plan.size_mean_bytes))
+        plan.ahead.append(entry)
+        plan.ahead_bytes += entry.size_bytes
+        self._start(plan, entry)
+
+    def _try_again(self, plan: _Plan) -> None:
+        """Some time after there was no room: the reader has gone on, and what it left may leave."""
+        if plan.no_room and plan.heard_ns - plan.no_room_ns >= _RETRY_NS:
+            entries, plan.no_room = plan.no_room, []
+            for entry in entries:
+                if entry.step >= plan.position - plan.behind:
+                    self._start(plan, entry)
+
+    def _start(self, plan: _Plan, entry: _Ahead) -> None:
+        plan.in_flight += 1
+        task = asyncio.create_task(self._fetch(plan, entry))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, plan: _Plan, entry: _Ahead) -> None:
+        try:
+            path = plan.table.paths.path(entry.index)
+            if not path:  # a sample that lies outside of the namespace
+                return
+            found = await self._engine.stat(path)
+            if found.kind is not EntryKind.FILE:
+                raise UsageError(f"not a file: {path}")
+            wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
+            self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
+            evicted_count = self._evicted_count()
+            if found.size_bytes and not await self._engine.ensure(wanted, Priority.PLAN):
+                plan.no_room.append(entry)
+                plan.no_room_ns = self._clock.now_ns()
+            else:
+                plan.fetched += 1
+                self._mark_present(plan.table, entry.index, evicted_count)
+        except (OrchestraError, OSError) as error:
+            # The reader will see the error itself, if it is still there when he comes.
+            plan.failed += 1
+            log.info("ahead of plan %s: %s", plan.name, error)
+        finally:
+            plan.in_flight -= 1
+            self._pump()
+
+    def _settle(self, plan: _Plan, entry: _Ahead, digest: str, size_bytes: int) -> None:
+        """The file's size and extents are known now."""
+        if entry.is_counted:
+            plan.ahead_bytes += size_bytes - entry.size_bytes
+        entry.size_bytes = size_bytes
+        was_blind = not plan.size_mean_bytes
+        plan.size_mean_bytes = next_rate(plan.size_mean_bytes, max(1, size_bytes), 1.0)
+        if was_blind:
+            for other in plan.ahead:
+                if other is not entry:
+                    other.size_bytes = int(plan.size_mean_bytes)
+                    plan.ahead_bytes += other.size_bytes
+            self._pump()
+        entry.names = self._blocks.names_of(digest, size_bytes)
+        if entry.names and self._plans.get(plan.name) is plan:
+            self._blocks.expect(plan.name, entry.step, entry.names)
+
+    # -- what is here ----------------------------------------------------------------------------------------------
+
+    def _evicted_count(self) -> int:
+        return self._blocks.statistics().evicted_count
+
+    def _is_present(self, table: _Table, index: int) -> bool:
+        if table.evicted_count != self._evicted_count():
+            table.present.clear()
+            return False
+        return index in table.present
+
+    def _mark_present(self, table: _Table, index: int, evicted_count: int) -> None:
+        """Remember it until something is evicted: an epoch that fits is then passed over without looking at disks."""
+        if evicted_count != self._evicted_count():
+            return
+        if table.evicted_count != evicted_count:
+            table.present.clear()
+            table.evicted_count = evicted_count
+        table.present.add(index)

@@ -1,0 +1,271 @@
+"""A sampler that tells the node what comes: `PlannedSampler`, one line in a training script.
+
+Owns: passes over an order, shares of ranks, resuming, and saying where the reader is. Leaves to others: the order
+itself (orders), sending it (client/plans.py), fetching by it (prefetch). What is yielded never depends on whether
+anything could be published.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import distributed
+from torch.utils.data import DistributedSampler, Sampler
+
+from orchestra.client.folders import namespace_paths
+from orchestra.client.plans import NEXT_SAMPLES_MAX, PlanPublisher
+from orchestra.clock import Clock, SystemClock
+from orchestra.config import load_config
+from orchestra.errors import OrchestraError, UsageError
+from orchestra.torch.orders import GivenOrder, Orders, SeededOrder, share_of
+
+log = logging.getLogger(__name__)
+
+# How often the node is told where the reader is: ten messages of 0.2 ms a second, and the node looks further ahead than
+# any reader goes in that time.
+_POSITION_NS = 100_000_000
+# Messages in a row that may fail before the rest of the epoch goes without.
+_FAILURES_MAX = 3
+_STATE_FORMAT = 1
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One iteration over (the rest of) an epoch."""
+
+    number: int  # counts passes: what the daemon knows as the epoch
+    epoch: int
+    started: int  # samples of all ranks that came before it in its epoch
+    length: int  # samples of this rank in it
+    drawn: int = 0
+    delivered: int | None = None  # None: nobody counts them
+    failures: int = 0
+
+
+class PlannedSampler(Sampler[int]):
+    """Yields sample indexes, and publishes the order of this epoch and the start of the next to the node's daemon, so
+    that files arrive just before they are read.
+
+        sampler = orchestra.torch.PlannedSampler([path for path, _ in dataset.samples], 42)
+        loader = DataLoader(dataset, batch_size=256, sampler=sampler, num_workers=8)
+
+    `dataset_paths`: the file of each sample, by index: `orchestra:///...`, or a path in a mounted folder. Samples whose
+    files lie elsewhere are not planned.
+
+    `sampler_or_seed`: a seed shuffles exactly as `DistributedSampler(seed=...)` does; None goes in order. A
+    `DistributedSampler` is followed with its own rank and world size. Any other finite sampler is followed as it is; if
+    `world_size` is given, as the order of all ranks together (it must be the same on each), of which this rank takes
+    every `world_size`-th. A followed sampler is drawn whole when a pass begins.
+
+    `rank`, `world_size`: this process's share; for a seed torch.distributed's by default, where it is initialised.
+
+    Each pass is the next epoch, unless `set_epoch` said which. A daemon that cannot be reached is one warning in the
+    log, and the order is the same. `config` is the path of an orchestra.toml.
+    """
+
+    def __init__(
+        self,
+        dataset_paths: Sequence[str | os.PathLike[str]],
+        sampler_or_seed: Iterable[int] | int | None = 0,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = False,
+        config: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Sends nothing yet. Raises UsageError for no paths, a rank that cannot be, a sampler without a length."""
+        if not len(dataset_paths):
+            raise UsageError("a plan needs the paths of at least one sample")
+        self._paths = dataset_paths
+        self._orders, self._rank, self._world_size, self._drop_last = _followed(
+            sampler_or_seed, len(dataset_paths), rank, world_size, drop_last
+        )
+        self._config = config
+        self._clock = clock or SystemClock()
+        self._pass: _Pass | None = None
+        self._next: tuple[int, int] | None = None  # (epoch, samples that came before it), if it was said
+        self._publisher: PlanPublisher | None = None
+        self._is_warned = False
+
+    # -- the sampler -----------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[int]:
+        before = self._pass
+        epoch, started = self._coming()
+        order = self._orders.of(epoch)
+        share = share_of(order, started, self._rank, self._world_size, drop_last=self._drop_last)
+        number = 0 if before is None else before.number + 1
+        running = self._pass = _Pass(number, epoch, started, len(share))
+        self._next = None
+        # A script that never calls set_epoch on a sampler that wants it has the same epoch over and over.
+        is_same_again = before is not None and before.epoch == epoch and not before.started
+        is_publishing = self._publish(running, share, epoch if is_same_again else epoch + 1)
+        told_ns = self._clock.now_ns()
+        for offset, index in enumerate(share):
+            if is_publishing and (now_ns := self._clock.now_ns()) - told_ns >= _POSITION_NS:
+                told_ns = now_ns
+                is_publishing = self._tell(running, offset)
+            running.drawn = offset + 1
+            yield index
+        if is_publishing:
+            self._tell(running, len(share))
+
+    def __len__(self) -> int:
+        """Samples of this rank in the running pass; after its end, and before the first, in the next."""
+        running = self._pass
+        if self._next is None and running is not None and running.drawn < running.length:
+            return running.length
+        rest = self._orders.length - self._coming()[1]
+        return rest // self._world_size if self._drop_last else -(-rest // self._world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is that epoch; the rest of it, if that is the one that was loaded."""
+        if self._next is None or self._next[0] != epoch:
+            self._next = (epoch, 0)
+        self._orders.set_epoch(epoch)
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """Return where the training is, for `load_state_dict` on any number of ranks.
+
+        `consumed`: the samples that this rank's training took in this pass. Without it, what `orchestra.torch.watch`
+        saw delivered; else what was drawn, which is right for a loader without workers (with workers the sampler is
+        some batches ahead of the training).
+        """
+        running = self._pass
+        if running is None or self._next is not None:
+            epoch, total = self._coming()
+        else:
+            if consumed is None:
+                consumed = running.drawn if running.delivered is None else running.delivered
+            epoch, total = running.epoch, running.started + consumed * self._world_size
+            if consumed >= running.length:
+                total = self._orders.length
+        return {
+            "format": _STATE_FORMAT,
+            "epoch": epoch,
+            "consumed": min(total, self._orders.length),
+            "samples": len(self._paths),
+            **self._orders.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: the next pass yields the rest of that epoch, shared among the ranks there are now.
+
+        Raises UsageError if the state is of other samples or of another kind of order.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise UsageError("this is not the state of a PlannedSampler")
+        if state["samples"] != len(self._paths):
+            raise UsageError(f"the state is of {state['samples']} samples, this sampler has {len(self._paths)}")
+        epoch, consumed = int(state["epoch"]), int(state["consumed"])
+        self._orders.load(state)
+        if consumed >= self._orders.length:  # saved at the very end of an epoch
+            epoch, consumed = epoch + 1, 0
+        self._next = (epoch, consumed)
+        self._orders.set_epoch(epoch)
+
+    def note_delivered(self, count: int) -> None:
+        """The training took `count` samples more; `orchestra.torch.watch` calls this."""
+        running = self._pass
+        if running is not None:
+            running.delivered = min(running.length, (running.delivered or 0) + count)
+
+    def close(self) -> None:
+        """Tell the node that nothing more will be read by this plan. Idempotent; another pass publishes anew."""
+        publisher, self._publisher = self._publisher, None
+        if publisher is not None and publisher.is_own:
+            try:
+                publisher.end()
+            except OrchestraError as error:
+                log.debug("the plan could not be ended: %s", error)
+            publisher.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_publisher": None}
+
+    def _coming(self) -> tuple[int, int]:
+        """(epoch, samples that came before) of the next pass."""
+        followed = self._orders.followed_epoch()
+        if self._next is not None and followed in (None, self._next[0]):
+            return self._next
+        if followed is not None:
+            return followed, 0
+        return (0 if self._pass is None else self._pass.epoch + 1), 0
+
+    # -- publishing ------------------------------------------------------------------------------------------------
+
+    def _publish(self, running: _Pass, share: array[int], next_epoch: int) -> bool:
+        """Publish the pass and the start of the one after; False if nothing could be."""
+        try:
+            publisher = self._publisher
+            if publisher is None or not publisher.is_own:
+                publisher = self._publisher = self._make_publisher()
+            publisher.publish(running.number, share)
+            publisher.move(running.number, 0)
+            coming = self._orders.peek(next_epoch)
+            if coming is not None:
+                following = share_of(coming, 0, self._rank, self._world_size, drop_last=self._drop_last)
+                publisher.publish_next(running.number + 1, following, NEXT_SAMPLES_MAX)
+        except (OrchestraError, OSError) as error:
+            if not self._is_warned:
+                self._is_warned = True
+                log.warning("the reading order could not be published, so nothing is fetched ahead by it: %s", error)
+            return False
+        return True
+
+    def _make_publisher(self) -> PlanPublisher:
+        paths, stranger = namespace_paths(self._paths)
+        if not any(paths):
+            raise UsageError(f"{stranger} lies neither in the namespace (orchestra:///...) nor in a mounted folder")
+        if stranger is not None:
+            log.info("some samples are not planned, such as %s, which lies outside of the namespace", stranger)
+        return PlanPublisher(load_config(self._config), paths)
+
+    def _tell(self, running: _Pass, offset: int) -> bool:
+        """Say where the reader is; False once that has failed too often in this pass."""
+        publisher = self._publisher
+        if publisher is None or self._pass is not running:
+            return False
+        try:
+            if not publisher.move(running.number, offset):  # the daemon is another one
+                publisher.publish_again()
+                publisher.move(running.number, offset)
+            running.failures = 0
+        except (OrchestraError, OSError) as error:
+            running.failures += 1
+            log.debug("the reader's position could not be said: %s", error)
+        return running.failures < _FAILURES_MAX
+
+
+def _followed(
+    order: Iterable[int] | int | None, samples_count: int, rank: int | None, world_size: int | None, drop_last: bool
+) -> tuple[Orders, int, int, bool]:
+    """Return (order, rank, world size, drop_last)."""
+    if (rank is None) != (world_size is None):
+        raise UsageError("rank and world_size go together")
+    if isinstance(order, DistributedSampler) and type(order) is DistributedSampler:  # a subclass may order otherwise
+        if rank is not None and (rank, world_size) != (order.rank, order.num_replicas):
+            raise UsageError("the DistributedSampler has another rank or world size")
+        seed = order.seed if order.shuffle else None
+        if len(order.dataset) != samples_count:  # type: ignore[arg-type]
+            raise UsageError(f"{samples_count} paths for the {len(order.dataset)} samples of the sampler")  # type: ignore[arg-type]
+        return SeededOrder(samples_count, seed, order), order.rank, order.num_replicas, order.drop_last
+    if isinstance(order, bool):
+        raise UsageError("sampler_or_seed: expected a sampler, a whole number or None, got a truth value")
+    orders: Orders
+    if order is None or isinstance(order, int):
+        orders = SeededOrder(samples_count, order)
+        if rank is None and distributed.is_available() and distributed.is_initialized():
+            rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    else:
+        orders = GivenOrder(order)
+    rank, world_size = rank or 0, 1 if world_size is None else world_size
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} of {world_size} ranks")
+    return orders, rank, world_size, drop_last

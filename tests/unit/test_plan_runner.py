@@ -1,0 +1,296 @@
+"""Plans carried out by a whole node: in order, each file once, within limits, and behind every demand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from array import array
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestra.client.plans import PlanPublisher
+from orchestra.config import FetchConfig
+from orchestra.errors import StoreUnavailableError
+from orchestra.testing.fault_store import Fail, FaultStore, Stall
+from orchestra.values import ByteRange
+from tests.support.cache import BLOCK, data_of
+from tests.support.node import PATIENCE_S, ThreadNode, thread_node
+from tests.support.ram import ram_folder
+from tests.support.versioned_store import VersionedStore
+
+COUNT = 40
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory: see tests/support/ram.py."""
+    with ram_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def store() -> VersionedStore:
+    filled = VersionedStore()
+    for number in range(COUNT):
+        filled.put(f"f{number}", data_of(f"f{number}", BLOCK))
+    return filled
+
+
+PATHS = [f"/data/f{number}" for number in range(COUNT)]
+
+
+def order(*indexes: int) -> array[int]:
+    return array("I", indexes)
+
+
+def shuffled(seed: int) -> array[int]:
+    return array("I", random.Random(seed).sample(range(COUNT), COUNT))
+
+
+def read_keys(store: VersionedStore) -> list[str]:
+    return [key for key, _, _ in store.reads]
+
+
+def wait(node: ThreadNode, condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds in the node's loop."""
+    deadline_ns = node.node.clock.now_ns() + int(PATIENCE_S * 1e9)
+
+    async def holds() -> bool:
+        return condition()
+
+    while not node.run(holds()):
+        assert node.node.clock.now_ns() < deadline_ns, node.node.plans.status()
+
+
+def settled(node: ThreadNode) -> None:
+    """Return when the plans have nothing left to do for now."""
+    wait(node, lambda: not node.node.plans.is_busy)
+
+
+def one_at_a_time() -> FetchConfig:
+    """Bytes for one block at a time, so that the order of fetching is the order of asking."""
+    return FetchConfig(in_flight_bytes_max=BLOCK)
+
+
+def test_files_are_fetched_in_the_order_of_the_plan(tmp_path: Path, store: VersionedStore) -> None:
+    """Nobody reads; the store is asked for each file once, in the published order."""
+    wanted = shuffled(1)
+    with thread_node(tmp_path, store, fetch=one_at_a_time()) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, wanted)
+        settled(node)
+        assert read_keys(store) == [f"f{index}" for index in wanted]
+        (status,) = node.node.plans.status()
+        assert (status["fetched"], status["failed"], status["ahead_samples"]) == (COUNT, 0, COUNT)
+        publisher.close()
+
+
+def test_what_was_planned_is_a_hit(tmp_path: Path, store: VersionedStore) -> None:
+    """A reader of planned files sends no message and asks the store for nothing."""
+    with thread_node(tmp_path, store) as node:
+        client = node.client()
+        client.list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, shuffled(2))
+        settled(node)
+        before, messages = len(store.reads), client.messages_sent
+        assert all(client.read_file(path) == data_of(path[6:], BLOCK) for path in PATHS)
+        assert (len(store.reads), client.messages_sent) == (before, messages)
+        publisher.close()
+
+
+def test_the_plan_goes_on_across_the_epoch_boundary(tmp_path: Path, store: VersionedStore) -> None:
+    """The start of the next epoch is fetched before this one has been read to its end, right after it."""
+    with thread_node(tmp_path, store, fetch=one_at_a_time()) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, order(3, 1))
+        publisher.publish_next(1, order(7, 3, 5, 2), 3)
+        settled(node)
+        assert read_keys(store) == ["f3", "f1", "f7", "f5"]
+        publisher.publish(1, order(7, 3, 5, 2))
+        settled(node)
+        assert read_keys(store) == ["f3", "f1", "f7", "f5", "f2"]
+        publisher.close()
+
+
+def test_demand_overtakes_what_is_planned(tmp_path: Path, store: VersionedStore) -> None:
+    """With a whole plan waiting for its turn, a demanded file is the next that the store is asked for."""
+    faults = FaultStore(store)
+    with thread_node(tmp_path, faults, fetch=one_at_a_time()) as node:
+        client = node.client()
+        client.list("/data")
+        stall = faults.inject(Stall(), on="read")
+        publisher = PlanPublisher(node.config, PATHS[:-1])
+        publisher.publish(0, array("I", range(COUNT - 1)))
+        node.run(stall.wait_fired())
+        entry = client.stat(PATHS[-1])
+        wanted = node.node.engine.want(PATHS[-1], entry.version, BLOCK, ByteRange(0, BLOCK))
+        demand = node.run(_started(node.node.engine.ensure(wanted)))
+        node.loop.call_soon_threadsafe(stall.release)
+        assert node.run(_result(demand))
+        settled(node)
+    assert read_keys(store)[:3] == ["f0", PATHS[-1][6:], "f1"]
+    assert len(store.reads) == COUNT
+
+
+def test_demand_for_a_planned_file_joins_its_fetch(tmp_path: Path, store: VersionedStore) -> None:
+    """A reader that comes while its file is being fetched for the plan waits for that fetch: one GET."""
+    with thread_node(tmp_path, store, fetch=one_at_a_time()) as node:
+        client = node.client()
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, array("I", range(COUNT)))
+        for path in reversed(PATHS):
+            assert client.read_file(path) == data_of(path[6:], BLOCK)
+        settled(node)
+        publisher.close()
+    assert sorted(read_keys(store)) == sorted(f"f{number}" for number in range(COUNT))
+
+
+def test_requests_in_flight_are_bounded(tmp_path: Path, store: VersionedStore) -> None:
+    """A plan of forty files has as many requests in flight as the store may have, and no more."""
+    faults = FaultStore(store)
+    stall = faults.inject(Stall(), on="read", times=None)
+    with thread_node(tmp_path, faults, fetch=FetchConfig(requests_max=5)) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, array("I", range(COUNT)))
+        wait(node, lambda: stall.fired == 5)
+        (status,) = node.node.plans.status()
+        assert (status["in_flight"], status["ahead_samples"]) == (5, 5)
+        node.loop.call_soon_threadsafe(stall.release)
+        settled(node)
+        assert node.node.plans.status()[0]["fetched"] == COUNT
+        publisher.close()
+
+
+def test_a_full_cache_is_not_filled_further_ahead_than_its_share(tmp_path: Path, store: VersionedStore) -> None:
+    """A cache of eight files is ahead by four; each file that the reader draws brings one more."""
+    cache = {"size_bytes": 8 * BLOCK}
+    with thread_node(tmp_path, store, cache=cache, fetch=one_at_a_time()) as node:
+        node.client().list("/data")
+        for path in PATHS[-8:]:
+            node.client().read_file(path)
+        before = len(store.reads)
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, array("I", range(COUNT)))
+        settled(node)
+        assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3"]
+        assert node.node.plans.status()[0]["ahead_bytes"] == 4 * BLOCK
+        assert publisher.move(0, 0)
+        assert publisher.move(0, 2)
+        settled(node)
+        assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3", "f4", "f5"]
+        publisher.close()
+
+
+def test_a_warm_epoch_asks_for_nothing(tmp_path: Path, store: VersionedStore) -> None:
+    """Once everything is here an epoch's plan is passed over: no look-up, no file opened, no request."""
+    with thread_node(tmp_path, store) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, shuffled(3))
+        settled(node)
+        requests, ensures = store.requests, node.node.engine.statistics.ensures
+        for epoch in (1, 2):
+            publisher.publish(epoch, shuffled(3 + epoch))
+            assert publisher.move(epoch, COUNT)
+        settled(node)
+        assert (store.requests, node.node.engine.statistics.ensures) == (requests, ensures)
+        publisher.close()
+
+
+def test_what_fails_ahead_is_passed_over(tmp_path: Path, store: VersionedStore) -> None:
+    """A file that is gone and one that the store fails to send cost the plan themselves and no other file."""
+    faults = FaultStore(store)
+    faults.inject(Fail(StoreUnavailableError("503")), on="read", at=2)
+    store.delete("f0")
+    with thread_node(tmp_path, faults, fetch=one_at_a_time()) as node:
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, array("I", range(COUNT)))
+        settled(node)
+        assert (node.node.plans.status()[0]["fetched"], node.node.plans.status()[0]["failed"]) == (COUNT - 2, 2)
+        publisher.close()
+
+
+def test_a_reader_that_comes_back_goes_on_where_it_was(tmp_path: Path, store: VersionedStore) -> None:
+    """A position far inside of a plan that is new to the daemon (it was started since): nothing earlier is fetched."""
+    with thread_node(tmp_path, store, cache={"size_bytes": 8 * BLOCK}, fetch=one_at_a_time()) as node:
+        node.client().list("/data")
+        for path in PATHS[:8]:
+            node.client().read_file(path)
+        publisher = PlanPublisher(node.config, PATHS)
+        assert not publisher.move(0, 20)
+        publisher.publish(0, array("I", range(COUNT)))
+        settled(node)
+        before = len(store.reads)
+        assert publisher.move(0, 30)
+        settled(node)
+        assert read_keys(store)[before:] == ["f30", "f31", "f32", "f33"]
+        publisher.close()
+
+
+def test_ranks_share_their_paths_and_take_turns(tmp_path: Path, store: VersionedStore) -> None:
+    """Two readers of one data set send its paths once; both are ahead by as much."""
+    with thread_node(tmp_path, store, fetch=one_at_a_time()) as node:
+        node.client().list("/data")
+        ranks = [PlanPublisher(node.config, PATHS) for _ in range(2)]
+        ranks[0].publish(0, array("I", range(0, COUNT, 2)))
+        sent = ranks[0].messages_sent
+        ranks[1].publish(0, array("I", range(1, COUNT, 2)))
+        assert (sent, ranks[1].messages_sent) == (4, 1)
+        settled(node)
+        assert sorted(read_keys(store)) == sorted(f"f{number}" for number in range(COUNT))
+        assert [status["fetched"] for status in node.node.plans.status()] == [COUNT // 2] * 2
+        for publisher in ranks:
+            publisher.end()
+            publisher.close()
+        assert node.node.plans.status() == []
+
+
+def test_a_daemon_that_was_started_since_is_told_everything_again(tmp_path: Path, store: VersionedStore) -> None:
+    """It knows nothing of the plan, says so, and is sent paths, orders and position once more."""
+    with thread_node(tmp_path, store) as node:
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, shuffled(5))
+        publisher.publish_next(1, shuffled(6), 10)
+        node.run(_forget_everything(node))
+        assert not publisher.move(0, 7)
+        publisher.publish_again()
+        assert publisher.move(0, 7)
+        (status,) = node.node.plans.status()
+        assert (status["position"], status["known_samples"]) == (7, COUNT - 7 + 10)
+        publisher.close()
+
+
+def test_samples_outside_of_the_namespace_are_left_out(tmp_path: Path, store: VersionedStore) -> None:
+    """Their path is empty; the rest is fetched."""
+    paths = ["" if number % 2 else path for number, path in enumerate(PATHS)]
+    with thread_node(tmp_path, store) as node:
+        publisher = PlanPublisher(node.config, paths)
+        publisher.publish(0, array("I", range(COUNT)))
+        settled(node)
+        assert node.node.plans.status()[0]["failed"] == 0
+        publisher.close()
+    assert sorted(read_keys(store)) == sorted(f"f{number}" for number in range(0, COUNT, 2))
+
+
+async def _started(work: Coroutine[Any, Any, bool]) -> asyncio.Task[bool]:
+    """Begin it, up to its first wait."""
+    task = asyncio.create_task(work)
+    await asyncio.sleep(0)
+    return task
+
+
+async def _result(task: asyncio.Task[bool]) -> bool:
+    return await task
+
+
+async def _forget_everything(node: ThreadNode) -> None:
+    plans = node.node.plans
+    plans._plans.clear()
+    plans._tables.clear()
