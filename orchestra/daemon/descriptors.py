@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import resource
+from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ _WANTED = 65_536
 _ENOUGH = 1024
 # asyncio tries to accept again after a second; until then it reports each connection of the backlog, up to 1,024.
 _REPORT_INTERVAL_S = 10.0
+_ROOM_INTERVAL_S = 0.5
 _USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -38,16 +40,21 @@ def raise_limit() -> None:
         )
 
 
-def report_exhaustion_briefly(loop: asyncio.AbstractEventLoop) -> None:
-    """Have `loop` say in one line, now and then, that it cannot take connections; they wait, and it tries again."""
-    reported_s = -_REPORT_INTERVAL_S
+def survive_exhaustion(loop: asyncio.AbstractEventLoop, make_room: Callable[[], object]) -> None:
+    """Have `loop` call `make_room` when it cannot take connections, and say so in one line now and then; they wait, and
+    it tries again after a second."""
+    reported_s = freed_s = -_REPORT_INTERVAL_S
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal reported_s
+        nonlocal reported_s, freed_s
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in _USED_UP:
             loop.default_exception_handler(context)
-        elif loop.time() - reported_s >= _REPORT_INTERVAL_S:
+            return
+        if loop.time() - freed_s >= _ROOM_INTERVAL_S:
+            freed_s = loop.time()
+            make_room()
+        if loop.time() - reported_s >= _REPORT_INTERVAL_S:
             reported_s = loop.time()
             log.error("connections wait: %s; raise the limit where the daemon is started (ulimit -n)", error.strerror)
 

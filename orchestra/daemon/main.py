@@ -16,6 +16,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -27,7 +28,7 @@ from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
-from orchestra.daemon.descriptors import raise_limit, report_exhaustion_briefly
+from orchestra.daemon.descriptors import raise_limit, survive_exhaustion
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.logs import log_to_file, log_to_stderr
 
@@ -91,7 +92,6 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
     raise_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    report_exhaustion_briefly(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
@@ -122,9 +122,19 @@ async def answering(node: Node, stop: asyncio.Event, activity: Activity) -> Asyn
     web_server, hot, streams = runner.server, make_hot_handler(node, activity), partial(EnsureStream, node, activity)
     assert web_server is not None, "the runner was set up"
     loop = asyncio.get_running_loop()
-    server = await loop.create_unix_server(
-        lambda: HotConnection(web_server(), hot, streams), str(path), backlog=_BACKLOG
-    )
+    connections: WeakSet[HotConnection] = WeakSet()
+
+    def connection() -> HotConnection:
+        made = HotConnection(web_server(), hot, streams)
+        connections.add(made)
+        return made
+
+    def close_idle() -> None:
+        for made in list(connections):
+            made.close_if_idle()
+
+    survive_exhaustion(loop, close_idle)
+    server = await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
     path.chmod(0o600)
     inode = path.stat().st_ino
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import socket
 import sqlite3
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,22 @@ def test_garbage_on_the_socket_disturbs_nobody(node: DaemonNode) -> None:
 
 def mount_body(path: str, folder: Path) -> dict[str, Any]:
     return {"path": path, "uris": [f"file://{folder}"], "readonly": True, "freshness_s": 60.0, "options": {}}
+
+
+def test_idle_connections_make_room_when_descriptors_are_used_up(node: DaemonNode) -> None:
+    """A daemon that may open no more closes connections that nobody uses, says so in one line, and goes on."""
+    started = node.start()
+    pid = started["pid"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (40, 40))
+    with ExitStack() as held:
+        for _ in range(60):
+            idle = held.enter_context(socket.socket(socket.AF_UNIX))
+            idle.connect(started["socket"])
+        read_all(node)
+    assert node.status()["pid"] == pid
+    log = log_of(node)
+    assert log.count("connections wait: Too many open files") == 1
+    assert "Traceback" not in log
 
 
 def test_mounts_that_were_added_stay(node: DaemonNode, tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ class HotConnection(asyncio.Protocol):
         finally:
             self._task = None
 
+    def close_if_idle(self) -> None:
+        """Close the connection if no request is under way on it; its client connects anew for the next."""
+        # aiohttp's own close() leaves the transport open while it waits for a request.
+        if self._task is None and self._stream is None and self._inner._current_request is None:
+            self._inner.force_close()
+
     def eof_received(self) -> bool | None:
         """See asyncio.Protocol."""
         self._inner.eof_received()
