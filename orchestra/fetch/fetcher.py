@@ -10,7 +10,7 @@ from typing import Any
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
 from orchestra.stores.contract import Buffer, UnderStore
-from orchestra.stores.limit import PATIENT_URGENCY, URGENCY
+from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
 
 
@@ -36,6 +36,7 @@ class Fetcher:
     def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
         """Have the part that `task` is about to fetch come as early as that priority says."""
         self._budget.hasten(task, priority)
+        hasten(task, priority)
 
     def part(self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority) -> _Part:
         """Give exactly the bytes of `byte_range` to an `async with`; they count against the budget until it is left.

@@ -170,10 +170,9 @@ class Loader:
                 await asyncio.sleep(wait_s)
             if not self._has_room(wanted.byte_range.length):
                 self.is_full = True
-            elif self._engine.holds_some(wanted):
-                await asyncio.sleep(0)  # what is here already would keep the loop without a pause
-            if self.is_full:
                 return
+            if self._engine.holds_some(wanted):
+                await asyncio.sleep(0)  # what is here already would keep the loop without a pause
             self.bytes_in_flight += wanted.byte_range.length
             try:
                 is_kept = await self._engine.ensure(wanted, self._priority)

@@ -8,14 +8,13 @@ budget (fetch), trying again (retry.py).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import heapq
 import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
@@ -24,15 +23,25 @@ from orchestra.stores.translate import ThrottledError
 from orchestra.values import ByteRange, ObjectInfo
 
 Answer = TypeVar("Answer")
+_Waiter = tuple[int, int, asyncio.Future[None], asyncio.Task[Any]]  # urgency, age, turn, who
 
 # How urgent the requests of the running task are; lower numbers go first. A context variable: the wrappers between the
 # one who knows and the window need not.
 URGENCY: ContextVar[int] = ContextVar("urgency", default=0)
 # From this urgency on nobody waits for the answer, and the last turns of the window are not for such requests.
 PATIENT_URGENCY = 2
+# Where the tasks wait whose turn has not come, so that `hasten` finds them.
+_WAITING: dict[asyncio.Task[Any], RequestWindow] = {}
 # Of 128 turns four: a demand then starts at once while a load of 50 kB objects has the other 124, and the load loses
 # 3 % of its rate.
 _KEPT_RATIO = 1 / 32
+
+
+def hasten(task: asyncio.Task[Any], urgency: int) -> None:
+    """If `task` waits for a turn less urgently than that, let it wait as urgently: a reader wants it by now."""
+    window = _WAITING.get(task)
+    if window is not None:
+        window.hasten(task, urgency)
 
 
 class RequestWindow:
@@ -49,7 +58,7 @@ class RequestWindow:
         self._cuts = 0
         self.throttled = 0
         self.in_flight = 0
-        self._waiters: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiters: list[_Waiter] = []
         self._serial = itertools.count()
 
     @property
@@ -63,8 +72,10 @@ class RequestWindow:
             self.in_flight += 1
             return self._cuts
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiter = (urgency, next(self._serial), turn)
-        heapq.heappush(self._waiters, waiter)
+        task = asyncio.current_task()
+        assert task is not None, "only tasks wait"
+        heapq.heappush(self._waiters, (urgency, next(self._serial), turn, task))
+        _WAITING[task] = self
         try:
             await turn
         except asyncio.CancelledError:
@@ -72,11 +83,20 @@ class RequestWindow:
                 self.in_flight -= 1
                 self._wake()
             else:
-                with contextlib.suppress(ValueError):  # _wake may have dropped it already
-                    self._waiters.remove(waiter)
-                    heapq.heapify(self._waiters)
+                self._waiters = [waiter for waiter in self._waiters if waiter[2] is not turn]
+                heapq.heapify(self._waiters)
             raise
+        finally:
+            del _WAITING[task]
         return self._cuts
+
+    def hasten(self, task: asyncio.Task[Any], urgency: int) -> None:
+        """See the function of that name."""
+        hastened = [(min(urgency, one[0]), *one[1:]) if one[3] is task else one for one in self._waiters]
+        if hastened != self._waiters:
+            self._waiters = hastened
+            heapq.heapify(self._waiters)
+            self._wake()
 
     def release(self, ticket: int, *, was_throttled: bool, succeeded: bool) -> None:
         """End a request: adapt the limit to how it went and let others in."""
@@ -97,7 +117,7 @@ class RequestWindow:
 
     def _wake(self) -> None:
         while self._waiters and self.in_flight < self._limit_for(self._waiters[0][0]):
-            _, _, turn = heapq.heappop(self._waiters)
+            turn = heapq.heappop(self._waiters)[2]
             if not turn.done():
                 self.in_flight += 1
                 turn.set_result(None)
