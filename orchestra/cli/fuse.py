@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import click
 
+from orchestra.cli.fuse_unit import unit_text
+from orchestra.cli.fuse_uri import attach_uri
 from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
 from orchestra.errors import MountError, OrchestraError, UsageError
 from orchestra.fuse import background, mount, registry
-from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, Mode, MountOptions
+from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, WORKERS_MAX, Mode, MountOptions
 from orchestra.units import KIB, parse_duration_s, parse_size_bytes
 
 # After unmounting the process has a moment's work; beyond this something holds it, and the user may as well know.
 _ENDED_WITHIN_S = DRAIN_S + 5.0
+# Sixteen workers, each started anew on a busy machine.
+_UPGRADED_WITHIN_S = 60.0
 
 
 class _Duration(click.ParamType[float]):
@@ -67,117 +73,193 @@ def fuse_group() -> None:
 @click.argument("what", metavar="[PATH or URI] FOLDER", nargs=-1, required=True)
 @click.option("--foreground", "-f", is_flag=True, help="Serve in this process until it is ended.")
 @click.option("--mode", type=click.Choice([mode.value for mode in Mode]), default=Mode.AUTO.value, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(1, WORKERS_MAX), default=1, show_default=True, help="Processes that serve."
+)
 @click.option("--allow-other", is_flag=True, help="Let other users in (permissions are still checked).")
 @click.option("--uid", type=click.IntRange(0, 2**32 - 2), default=None, help="Owner of all files.  [default: you]")
 @click.option("--gid", type=click.IntRange(0, 2**32 - 2), default=None, help="Group of all files.  [default: yours]")
 @click.option("--umask", type=_Octal(), default=0, help="Permissions to take away from 0555 and 0444.")
 @click.option("--attr-timeout", type=_Duration(), help="How long the kernel may keep names; default: freshness.")
+@click.option("--entry-timeout", type=_Duration(), help="The same (a file's attributes belong to its version).")
 @click.option("--read-ahead", type=_Size(), help="How far the kernel reads ahead (root only).  [default: 2MiB]")
+@click.option(
+    "--option",
+    "store_options",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="With a URI: an option of its store, e.g. endpoint_url=http://127.0.0.1:9000.",
+)
+@click.option("--freshness", metavar="AGE", help='With a URI: "60s", "immutable", "strict".')
+@click.option("--systemd", is_flag=True, help="Mount nothing; print a systemd unit that does.")
 @click.option("--ready-fd", type=int, hidden=True)
+@click.option("--worker-fd", type=int, hidden=True)
 @pass_session
 def mount_command(
-    session: Session,
-    *,
-    what: tuple[str, ...],
-    foreground: bool,
-    mode: str,
-    allow_other: bool,
-    uid: int | None,
-    gid: int | None,
-    umask: int,
-    attr_timeout: float | None,
-    read_ahead: int | None,
-    ready_fd: int | None,
+    session: Session, /, what: tuple[str, ...], store_options: tuple[str, ...], freshness: str | None, **given: Any
 ) -> None:
-    """Show the namespace, or PATH of it, as FOLDER.
+    """Show the namespace, PATH of it, or the store at URI, as FOLDER.
 
-    Returns when the folder answers; the process that serves it goes on in the background, and writes its log to
-    ~/.local/state/orchestra/fuse/. End it with `orchestra fuse umount FOLDER`.
+    Returns when the folder answers; the processes that serve it go on in the background, and write their log to
+    ~/.local/state/orchestra/fuse/. End them with `orchestra fuse umount FOLDER`.
     """
     root, folder = _split(what)
-    options = MountOptions(
-        root=root,
-        mode=Mode(mode),
-        uid=os.getuid() if uid is None else uid,
-        gid=os.getgid() if gid is None else gid,
-        umask=umask,
-        allow_other=allow_other,
-        attr_timeout_s=attr_timeout,
-        read_ahead_kib=READ_AHEAD_KIB if read_ahead is None else read_ahead // KIB,
-        cache_dir=session.config.cache.dir,
-        # With autostart a miss starts the daemon itself, and what keeps it from starting will not go by itself.
-        daemon_wait_s=0.0 if session.config.daemon.autostart else session.config.daemon.wait_s,
-    )
-    if foreground or ready_fd is not None:
-        _serve(session, folder, options, ready_fd)
+    is_uri = "://" in root
+    if (store_options or freshness) and not is_uri:
+        raise click.UsageError("--option and --freshness go with a URI; a path has those of its mount")
+    if given["systemd"]:
+        _print_unit(session, root, folder, _words(given) + _store_words(store_options, freshness))
         return
+    if is_uri:
+        root = attach_uri(session, root, store_options, freshness)
+    options = _options(session, root, given)
     target = mount.resolve_folder(folder)
-    log_file = registry.log_file_of(target)
-    command = partial(_foreground_command, session, target, options)
-    pid = background.start_in_background(command, log_file, _print_note)
-    click.echo(f"mounted {printable(root)} on {printable(target)} (pid {pid}, log {printable(str(log_file))})")
+    if given["worker_fd"] is not None:
+        _work(session, options, given["worker_fd"])
+    elif given["foreground"] or given["ready_fd"] is not None:
+        _serve(session, target, options, given)
+    else:
+        log_file = registry.log_file_of(target)
+        pid = background.start_in_background(
+            lambda ready_fd: _command(session, target, options, given, "--ready-fd", str(ready_fd)),
+            log_file,
+            _print_note,
+        )
+        click.echo(f"mounted {printable(root)} on {printable(target)} (pid {pid}, log {printable(str(log_file))})")
 
 
 def _split(what: tuple[str, ...]) -> tuple[str, str]:
-    """Return (path in the namespace, folder)."""
+    """Return (path in the namespace or URI, folder)."""
     if len(what) > 2:
         raise click.UsageError("expected [PATH or URI] FOLDER")
     root, folder = what if len(what) == 2 else ("/", what[0])
-    if "://" in root:
-        # The hook for mounts without a configuration: attach the URI to the namespace of this process, then go on.
-        raise UsageError(f"not yet: {root} must be attached first: orchestra mount add /NAME {root}")
-    if not root.startswith("/"):
+    if not root.startswith("/") and "://" not in root:
         raise UsageError(f"{root!r} is not a path of the namespace: it must begin with a slash")
     return root, folder
 
 
-def _foreground_command(session: Session, target: str, options: MountOptions, ready_fd: int) -> list[str]:
-    """Return the command line that serves such a mount in the foreground, wherever it is run."""
-    command = [sys.executable, "-m", "orchestra", *(["--debug"] if session.debug else [])]
+def _options(session: Session, root: str, given: Mapping[str, Any]) -> MountOptions:
+    timeouts = [given[name] for name in ("attr_timeout", "entry_timeout") if given[name] is not None]
+    return MountOptions(
+        root=root,
+        mode=Mode(given["mode"]),
+        uid=os.getuid() if given["uid"] is None else given["uid"],
+        gid=os.getgid() if given["gid"] is None else given["gid"],
+        umask=given["umask"],
+        allow_other=given["allow_other"],
+        attr_timeout_s=min(timeouts) if timeouts else None,
+        read_ahead_kib=READ_AHEAD_KIB if given["read_ahead"] is None else given["read_ahead"] // KIB,
+        cache_dir=session.config.cache.dir,
+        # With autostart a miss starts the daemon itself, and what keeps it from starting will not go by itself.
+        daemon_wait_s=0.0 if session.config.daemon.autostart else session.config.daemon.wait_s,
+    )
+
+
+def _program(session: Session) -> list[str]:
+    """Return the beginning of every command line of ours, wherever it is run."""
+    program = [sys.executable, "-m", "orchestra", *(["--debug"] if session.debug else [])]
     if session.config.source is not None:
-        command += ["--config", str(session.config.source.absolute())]
-    command += ["fuse", "mount", "--ready-fd", str(ready_fd), "--mode", options.mode.value]
-    command += ["--uid", str(options.uid), "--gid", str(options.gid), "--umask", f"{options.umask:o}"]
-    if options.allow_other:
-        command.append("--allow-other")
-    if options.attr_timeout_s is not None:
-        command += ["--attr-timeout", repr(options.attr_timeout_s)]
-    command += ["--read-ahead", f"{options.read_ahead_kib}KiB"]
-    return [*command, "--", options.root, target]
+        program += ["--config", str(session.config.source.absolute())]
+    return program
+
+
+def _command(session: Session, target: str, options: MountOptions, given: Mapping[str, Any], *how: str) -> list[str]:
+    """Return the command line that serves such a mount; `how` says as what."""
+    words = _words({**given, "uid": options.uid, "gid": options.gid})
+    return [*_program(session), "fuse", "mount", *how, *words, "--", options.root, target]
+
+
+def _words(given: Mapping[str, Any]) -> list[str]:
+    """Return the options of the mount as they were given."""
+    words = ["--mode", str(given["mode"])]
+    if given["workers"] != 1:
+        words += ["--workers", str(given["workers"])]
+    for name in ("uid", "gid"):
+        if given[name] is not None:
+            words += [f"--{name}", str(given[name])]
+    if given["umask"]:
+        words += ["--umask", f"{given['umask']:o}"]
+    if given["allow_other"]:
+        words.append("--allow-other")
+    for name in ("attr_timeout", "entry_timeout"):
+        if given[name] is not None:
+            words += [f"--{name.replace('_', '-')}", repr(given[name])]
+    if given["read_ahead"] is not None:
+        words += ["--read-ahead", str(given["read_ahead"])]
+    return words
+
+
+def _store_words(options: tuple[str, ...], freshness: str | None) -> list[str]:
+    words = [word for option in options for word in ("--option", option)]
+    return words + (["--freshness", freshness] if freshness else [])
+
+
+def _print_unit(session: Session, root: str, folder: str, words: list[str]) -> None:
+    target = mount.resolve_folder(folder)
+    command = [*_program(session), "fuse", "mount", "--foreground", *words, "--", root, target]
+    click.echo(unit_text(command, target, root), nl=False)
 
 
 def _print_note(note: str) -> None:
     click.echo(f"orchestra: {printable(note)}", err=True)
 
 
-def _serve(session: Session, folder: str, options: MountOptions, ready_fd: int | None) -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+def _serve(session: Session, target: str, options: MountOptions, given: Mapping[str, Any]) -> None:
+    """Become the supervisor of the mount."""
+    _log_to_stderr()
+    ready_fd = given["ready_fd"]
     pipe = None if ready_fd is None else background.ReadyPipe(ready_fd)
     if pipe is not None:
         os.chdir("/")  # a background process must not keep a folder busy
         logging.getLogger().addHandler(pipe)
-    target = mount.resolve_folder(folder)
-    pid = os.getpid()
-    log = None if pipe is None else str(registry.log_file_of(target))
-    record = registry.MountRecord(target, options.root, options.mode.value, pid, registry.start_of_process(pid), log)
+    greeting = f"mounted {printable(options.root)} on {printable(target)} (pid {os.getpid()}); Ctrl-C unmounts it"
 
-    def ready() -> None:
-        registry.write_record(record)
-        if pipe is not None:
-            pipe.ready()
-        else:
-            click.echo(f"mounted {printable(options.root)} on {printable(target)} (pid {pid}); Ctrl-C unmounts it")
-
-    from orchestra.fuse.serve import serve
+    from orchestra.fuse.children import CONTROL
+    from orchestra.fuse.launch import launch
 
     try:
-        serve(session.client, target, options, ready)
+        launch(
+            session.client,
+            target,
+            options,
+            _command(session, target, options, given, "--worker-fd", CONTROL),
+            workers=given["workers"],
+            ready_fd=ready_fd,
+            greeting=greeting if pipe is None else None,
+            log_file=None if pipe is None else str(registry.log_file_of(target)),
+        )
     except OrchestraError as error:
         if pipe is not None:
             pipe.fail(error.message)
         raise
-    finally:
-        registry.remove_record(record)
+
+
+def _work(session: Session, options: MountOptions, control_fd: int) -> None:
+    """Be one of the mount's workers."""
+    _log_to_stderr()
+    from orchestra.fuse.worker import serve_slot
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, which then ends us
+    serve_slot(session.client, options, control_fd)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+
+
+@fuse_group.command("upgrade")
+@click.argument("folder")
+def upgrade_command(folder: str) -> None:
+    """Exchange the processes that serve FOLDER for those of the program installed now; open files go on."""
+    target = mount.resolve_folder(folder)
+    record = registry.record_of(target)
+    if record is None or not record.workers:
+        raise MountError(f"no supervisor of a mount on {target} is known: mount it anew")
+    with registry.opened_pids(record.workers) as pidfds:
+        os.kill(record.pid, signal.SIGHUP)
+        if not registry.wait_all_ended(pidfds, _UPGRADED_WITHIN_S):
+            raise MountError(f"the workers of {target} were not exchanged; its log says why: {record.log}")
+    click.echo(f"upgraded {printable(target)}")
 
 
 @fuse_group.command("umount")

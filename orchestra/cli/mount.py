@@ -61,9 +61,9 @@ def mount() -> None:
 @pass_session
 def add(session: Session, /, path: str, uris: tuple[str, ...], options: tuple[str, ...], **given: Any) -> None:
     """Attach the store at URI at PATH; more URIs name copies of the same data, tried in order."""
-    table = _given(given) | {"path": path, "uris": list(uris), "options": _parsed_options(options)}
-    session.client.daemon_request("POST", ROUTE, _to_wire(parse_mount(table)))
-    _warn_of_secrets(table["options"])
+    table = _given(given) | {"path": path, "uris": list(uris), "options": parsed_options(options)}
+    session.client.daemon_request("POST", ROUTE, to_wire(parse_mount(table)))
+    warn_of_secrets(table["options"])
 
 
 @mount.command("ls")
@@ -122,13 +122,13 @@ def update(
         raise NotFoundError(f"nothing is mounted at {path} (see: orchestra mount ls)")
     kept = {name: value for name, value in current["options"].items() if name not in removed}
     # What is given is checked as a mount of its own; only those fields then replace the current ones.
-    table = _given(given) | {"path": path, "uris": list(uris) or current["uris"], "options": _parsed_options(options)}
-    checked = _to_wire(parse_mount(table))
+    table = _given(given) | {"path": path, "uris": list(uris) or current["uris"], "options": parsed_options(options)}
+    checked = to_wire(parse_mount(table))
     changes = {name: checked[name] for name in ("uris", "readonly", "freshness_s", "prefetch") if name in _names(given)}
     body = {name: current[name] for name in FIELDS if name in current} | changes
     body |= {"uris": checked["uris"], "options": kept | checked["options"]}
     session.client.daemon_request("PUT", ROUTE, body)
-    _warn_of_secrets(table["options"])
+    warn_of_secrets(table["options"])
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,8 @@ def _names(settings: Mapping[str, Any]) -> set[str]:
     return {"freshness_s" if name == "freshness" else name for name in _given(settings)}
 
 
-def _to_wire(mount: MountConfig) -> dict[str, Any]:
+def to_wire(mount: MountConfig) -> dict[str, Any]:
+    """Return a mount as the daemon's API takes it."""
     return {
         "path": mount.path,
         "uris": list(mount.uris),
@@ -152,7 +153,8 @@ def _to_wire(mount: MountConfig) -> dict[str, Any]:
     }
 
 
-def _parsed_options(options: tuple[str, ...]) -> dict[str, str]:
+def parsed_options(options: tuple[str, ...]) -> dict[str, str]:
+    """Read `--option KEY=VALUE`, given any number of times."""
     table = {}
     for option in options:
         name, equals, value = option.partition("=")
@@ -163,7 +165,7 @@ def _parsed_options(options: tuple[str, ...]) -> dict[str, str]:
     return table
 
 
-def _warn_of_secrets(options: Mapping[str, str]) -> None:
+def warn_of_secrets(options: Mapping[str, str]) -> None:
     """Say of each secret that was typed as it is where others may have seen it, and what to write instead."""
     for name, value in options.items():
         if looks_secret(name, value):

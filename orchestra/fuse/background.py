@@ -67,19 +67,24 @@ class ReadyPipe(logging.Handler):
         os.set_inheritable(fd, False)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say({"note": record.getMessage()})
+        self.note(record.getMessage())
+
+    def note(self, text: str) -> None:
+        """Pass a line on to the starter's user."""
+        self.say({"note": text})
 
     def ready(self) -> None:
         """Tell the starter that the mount answers, and let it go."""
-        self._say({"ready": os.getpid()})
+        self.say({"ready": os.getpid()})
         self._end()
 
     def fail(self, sentence: str) -> None:
         """Tell the starter why there will be no mount."""
-        self._say({"error": sentence})
+        self.say({"error": sentence})
         self._end()
 
-    def _say(self, message: dict[str, object]) -> None:
+    def say(self, message: dict[str, object]) -> None:
+        """Write a message, unless the other end is gone or was told the last one."""
         if self._fd < 0:
             return
         try:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from orchestra.client.contract import Client, DirectoryView
@@ -20,6 +21,7 @@ from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable, inode_number_of
 from orchestra.fuse.names import FOREVER, Attributes
 from orchestra.fuse.options import LISTINGS_MAX, NAME_BYTES_MAX, PRIMED_ENTRIES_MAX, PRIMED_INODES_MAX
+from orchestra.fuse.positions import DOTS, Positions
 from orchestra.fuse.protocol import (
     BODY,
     DIRENT,
@@ -39,7 +41,9 @@ from orchestra.values import Entry
 # Entries in one answer: some 2 ms of the loop's time, so that a huge directory does not hold up other readers.
 ENTRIES_PER_REPLY_MAX = 512
 # The first entries of every directory, before the view's own: "." and "..".
-_DOTS = 2
+_DOTS = DOTS
+# With several workers, handles kept by each; one that is not kept is taken up again by name.
+OPEN_DIRECTORIES_MAX = 1024
 _CACHE = int(OpenFlag.CACHE_DIR)
 _KEEP = int(OpenFlag.CACHE_DIR | OpenFlag.KEEP_CACHE)
 
@@ -50,11 +54,14 @@ def spellable(name: bytes) -> bool:
 
 
 class _OpenDirectory:
-    __slots__ = ("inode", "view")
+    """A handle. `shift`: how many entries more than its reader counts lie before its reader's place."""
 
-    def __init__(self, inode: Inode, view: DirectoryView) -> None:
+    __slots__ = ("inode", "shift", "view")
+
+    def __init__(self, inode: Inode, view: DirectoryView, shift: int = 0) -> None:
         self.inode = inode
         self.view = view
+        self.shift = shift
 
 
 class _KernelCopy:
@@ -79,9 +86,12 @@ class Directories:
         self._attributes = attributes
         self._incoming = incoming
         self._lock = threading.Lock()
-        self._open: dict[int, _OpenDirectory] = {}
-        self._next_fh = 1
+        self._open: OrderedDict[int, _OpenDirectory] = OrderedDict()
+        self._positions = Positions(table.memory)
+        # Numbers of handles begin anew with each worker of a slot, and must not be those of another's.
+        self._next_fh = (table.slot << 24 | table.memory.workers_of(table.slot) & 0xFFFFFF) << 32 | 1
         self._copies: dict[int, _KernelCopy] = {}
+        self._is_alone = table.is_alone
 
     def opendir(self, unique: int, nodeid: int, end: int) -> None:
         """OPENDIR: takes the view; waits on a worker if it is not known."""
@@ -103,9 +113,14 @@ class Directories:
         with self._lock:
             fh = self._next_fh
             self._next_fh += 1
-            self._open[fh] = _OpenDirectory(inode, view)
-            flags = self._cache_flags(inode, view)
+            self._keep(fh, _OpenDirectory(inode, view))
+            flags = self._cache_flags(inode, view) if self._is_alone else 0
         return open_reply(unique, fh, flags), partial(self._close, fh)
+
+    def _keep(self, fh: int, directory: _OpenDirectory) -> None:
+        self._open[fh] = directory
+        if len(self._open) > OPEN_DIRECTORIES_MAX and not self._is_alone:
+            self._open.popitem(last=False)  # its RELEASEDIR may have gone to another worker
 
     def _cache_flags(self, inode: Inode, view: DirectoryView) -> int:
         copy = self._copies.get(inode.nodeid)
@@ -146,6 +161,33 @@ class Directories:
         with self._lock:
             self._copies.pop(nodeid, None)
 
+    def _adopt(
+        self,
+        unique: int,
+        nodeid: int,
+        fh: int,
+        answer: Callable[[_OpenDirectory], tuple[Message, Undo | None]],
+    ) -> None:
+        """Go on for a reader of a directory that another worker had opened."""
+        inode = self._table.get(nodeid) or self._table.load(nodeid)
+        if inode is None:
+            self._channel.send_error(unique, errno.ESTALE)
+            return
+
+        def work() -> tuple[Message, Undo | None]:
+            view = self._channel.patiently(unique, lambda: self._client.list(inode.entry.path))
+            directory = _OpenDirectory(inode, view, self._positions.shift(fh, view))
+            with self._lock:
+                self._keep(fh, directory)
+            return answer(directory)
+
+        self._channel.wait(unique, work)
+
+    def _follow(self, fh: int, directory: _OpenDirectory) -> None:
+        """Another worker may have answered the last request, from another listing."""
+        if not self._is_alone:
+            directory.shift = self._positions.shift(fh, directory.view)
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def readdir(self, unique: int, nodeid: int, end: int) -> None:
@@ -153,8 +195,14 @@ class Directories:
         fh, offset, size = READ_IN.unpack_from(self._incoming, BODY)
         directory = self._open.get(fh)
         if directory is None:
-            self._channel.send_error(unique, errno.EBADF)
+            self._adopt(unique, nodeid, fh, partial(self._readdir, unique, fh, offset, size))
             return
+        self._follow(fh, directory)
+        self._channel.send(self._readdir(unique, fh, offset, size, directory)[0])
+
+    def _readdir(
+        self, unique: int, fh: int, offset: int, size: int, directory: _OpenDirectory
+    ) -> tuple[Message, Undo | None]:
         buffer = bytearray(HEAD + size)
         position = HEAD
         for next_offset, name, entry in self._entries_from(directory, offset):
@@ -163,8 +211,11 @@ class Directories:
                 break
             _pack_name(buffer, position, next_offset, name, entry, self._number_of(entry))
             position += step
+            last = next_offset, name
+        if position > HEAD:
+            self._positions.put(fh, *last)
         HEADER_OUT.pack_into(buffer, 0, position, 0, unique)
-        self._channel.send(memoryview(buffer)[:position])
+        return memoryview(buffer)[:position], None
 
     def readdirplus(self, unique: int, nodeid: int, end: int) -> None:
         """READDIRPLUS: the same with attributes, which count a look-up for every name but the dots; or, where nobody
@@ -172,8 +223,15 @@ class Directories:
         fh, offset, size = READ_IN.unpack_from(self._incoming, BODY)
         directory = self._open.get(fh)
         if directory is None:
-            self._channel.send_error(unique, errno.EBADF)
+            # Names only: what is counted is counted by the loop's thread.
+            self._adopt(unique, nodeid, fh, partial(self._readdirplus, unique, fh, offset, size, may_prime=False))
             return
+        self._follow(fh, directory)
+        self._channel.send_or_undo(*self._readdirplus(unique, fh, offset, size, directory, may_prime=True))
+
+    def _readdirplus(
+        self, unique: int, fh: int, offset: int, size: int, directory: _OpenDirectory, *, may_prime: bool
+    ) -> tuple[Message, Undo | None]:
         room = size
         taken: list[tuple[int, bytes, Entry]] = []
         for item in self._entries_from(directory, offset):
@@ -183,11 +241,12 @@ class Directories:
             taken.append(item)
         dots = sum(next_offset <= _DOTS for next_offset, _, _ in taken)
         primed: list[Inode] = []
-        if self._is_worth_priming(directory):
+        if may_prime and self._is_worth_priming(directory):
             primed = self._table.remember_all([entry for _, _, entry in taken[dots:]], unique)
+        if taken:
+            self._positions.put(fh, *taken[-1][:2])
         message = self._pack_plus(unique, directory.inode, taken, dots, primed)
-        if not self._channel.send(message) and primed:
-            self._table.take_back_all(primed)
+        return message, partial(self._table.take_back_all, primed) if primed else None
 
     def _is_worth_priming(self, directory: _OpenDirectory) -> bool:
         was_searched, directory.inode.is_searched = directory.inode.is_searched, False
@@ -221,6 +280,10 @@ class Directories:
         """Yield (offset of the next, name, entry) from `offset`, a bounded number of them."""
         view = directory.view
         here = directory.inode.entry
+        if offset <= _DOTS:
+            directory.shift = 0  # from the beginning: the view as it is
+        shift = directory.shift
+        offset += shift
         stop = min(len(view) + _DOTS, offset + ENTRIES_PER_REPLY_MAX)
         sent = False
         while offset < stop:
@@ -237,7 +300,7 @@ class Directories:
                     continue
             offset += 1
             sent = True
-            yield offset, name, entry
+            yield offset - shift, name, entry
 
     def _number_of(self, entry: Entry) -> int:
         return ROOT_NODEID if entry is self._table.root.entry else inode_number_of(entry)

@@ -63,6 +63,7 @@ class InodeTable:
     ) -> None:
         self.memory = memory or SharedMemory()
         self.slot = slot
+        self.is_alone = lock_path is None
         self.lock = SharedLock(self.memory, lock_path)
         self.root = Inode(ROOT_NODEID, root)
         self._words = self.memory.words

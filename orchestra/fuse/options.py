@@ -45,6 +45,8 @@ HANDLES_MAX = 256
 # Without RELEASE nobody says that a file is done with, and an evicted extent occupies its disk until it is closed:
 # 64 of 256 MiB are 16 GiB at the very worst.
 PAGECACHE_HANDLES_MAX = 64
+# Worker processes of one mount; each costs 50 MB, and more than there are cores gain nothing.
+WORKERS_MAX = 16
 NAME_BYTES_MAX = 255
 PATH_BYTES_MAX = 4096
 # A listing hands over attributes with its names: 8 us a name here, against 40 us for the look-up that the file's first

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import select
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -29,6 +31,7 @@ class MountRecord:
     pid: int
     pid_start: str
     log: str | None
+    workers: list[int] | None = None  # the processes that answer, where they are not `pid` itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,26 @@ def record_of(folder: str) -> MountRecord | None:
 def known_mounts() -> list[KnownMount]:
     """Return every orchestra mount that this process sees."""
     return [KnownMount(m.folder, record_of(m.folder)) for m in mounted_folders() if m.fstype == FSTYPE]
+
+
+@contextmanager
+def opened_pids(pids: Sequence[int]) -> Iterator[list[int]]:
+    """Give descriptors of these processes; of those that live."""
+    with ExitStack() as stack:
+        found = []
+        for pid in pids:
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            stack.callback(os.close, pidfd)
+            found.append(pidfd)
+        yield found
+
+
+def wait_all_ended(pidfds: Sequence[int], timeout_s: float) -> bool:
+    """Wait until these processes are gone; return whether they are. Each may take `timeout_s`."""
+    return all(select.select([pidfd], [], [], timeout_s)[0] for pidfd in pidfds)
 
 
 def wait_ended(record: MountRecord, timeout_s: float) -> bool:

@@ -51,9 +51,9 @@ def serve(
     root.
     """
     root = root_entry(client, options.root)
-    _check_privilege(options)
+    check_privilege(options)
     target = mount.check_mount_point(folder, options.cache_dir)
-    _raise_descriptor_limit()
+    raise_descriptor_limit()
     with _watched(target):
         device_fd = mount.attach(target, options)
         session = Session(device_fd, client, root, options)
@@ -160,7 +160,8 @@ class _Life:
         threading.Thread(target=self._end, name="orchestra-fuse-end", daemon=True).start()
 
 
-def _check_privilege(options: MountOptions) -> None:
+def check_privilege(options: MountOptions) -> None:
+    """Raise MountError if the mode needs a privilege that this process has not."""
     if options.mode is not Mode.PASSTHROUGH:
         return
     fields = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
@@ -168,7 +169,7 @@ def _check_privilege(options: MountOptions) -> None:
         raise MountError("mode passthrough needs CAP_SYS_ADMIN: mount as root, or use mode auto")
 
 
-def _raise_descriptor_limit() -> None:
+def raise_descriptor_limit() -> None:
     """Open handles and cached extents need descriptors; the usual soft limit of 1,024 is for select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536

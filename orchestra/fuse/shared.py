@@ -20,12 +20,11 @@ from bisect import bisect_left
 from collections.abc import Callable
 from types import TracebackType
 
-from orchestra.fuse.options import REQUEST_BYTES_MAX
+from orchestra.fuse.options import REQUEST_BYTES_MAX, WORKERS_MAX
 
 WORD_BYTES = 8
 # Virtual size: only touched pages cost memory. 8 GiB hold some 30 million inodes; the kernel would need 30 GB for them.
 MEMORY_BYTES = 8 << 30
-WORKERS_MAX = 16
 _MAGIC = 0x6F72636866757331  # "orchfus1"
 
 # -- the header: word numbers ---------------------------------------------------------------------------------------
@@ -104,6 +103,10 @@ class SharedMemory:
         self.words[bank : bank + _BANK_WORDS] = empty
         self.put(INCARNATION + slot, incarnation)
         return bank
+
+    def workers_of(self, slot: int) -> int:
+        """How many workers a slot has had."""
+        return self.words[INCARNATION + slot]
 
     def dead_banks(self) -> list[int]:
         """The banks that no living worker writes."""

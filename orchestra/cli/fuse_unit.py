@@ -1,0 +1,73 @@
+"""The systemd unit of a mount, and what /sbin/mount gives a helper.
+
+Owns: their texts. Leaves to others: the options' meaning (fuse.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestra.errors import UsageError
+
+# What mount(8) and fstab say to every file system, and means nothing here or is so in any case.
+_IGNORED = frozenset(
+    {"ro", "rw", "defaults", "auto", "noauto", "user", "nouser", "users", "_netdev", "nofail", "exec", "noexec"}
+    | {"nosuid", "nodev", "suid", "dev", "relatime", "noatime", "atime", "async", "sync"}
+)
+_FLAGS = frozenset({"allow_other"})
+_VALUES = frozenset(
+    {"mode", "workers", "uid", "gid", "umask", "attr_timeout", "entry_timeout", "read_ahead", "freshness"}
+)
+
+
+def unit_text(command: Sequence[str], folder: str, what: str) -> str:
+    """Return a unit that mounts at boot, and again when the mount was lost. `command` serves in the foreground."""
+    words = " ".join(_quoted(word) for word in command)
+    umount = " ".join(_quoted(word) for word in [*command[: command.index("fuse")], "fuse", "umount", "--lazy", folder])
+    return f"""[Unit]
+Description=orchestra: {what} on {folder}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+ExecStart={words}
+ExecStop=-{umount}
+Restart=always
+RestartSec=1
+# A worker that is killed is replaced by the supervisor, which is the unit's main process.
+KillMode=mixed
+OOMPolicy=continue
+LimitNOFILE=65536
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def _quoted(word: str) -> str:
+    if word and all(character.isalnum() or character in "-_./:=,+@" for character in word):
+        return word
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{escaped}"'
+
+
+def words_of_mount_options(text: str) -> list[str]:
+    """Return the command line for the `-o` of mount(8): `allow_other,umask=022,option.endpoint_url=http://...`."""
+    words: list[str] = []
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not name or name in _IGNORED or name.startswith("x-"):
+            continue
+        if name in _FLAGS and not equals:
+            words.append(f"--{name.replace('_', '-')}")
+        elif name in _VALUES and equals:
+            words += [f"--{name.replace('_', '-')}", value]
+        elif name.startswith("option.") and equals:
+            words += ["--option", f"{name.removeprefix('option.')}={value}"]
+        elif name == "config" and equals:
+            continue  # read before the command, see mount_helper
+        else:
+            raise UsageError(
+                f"unknown mount option {name!r}; known: {', '.join(sorted(_FLAGS | _VALUES))}, config=FILE, option.KEY="
+            )
+    return words

@@ -1,0 +1,221 @@
+"""A mount goes on when its workers are killed, in the middle of what they do; and its end leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from orchestra.fuse import mount, registry
+from tests.support.fuse_mounts import needs_fuse
+from tests.support.fuse_supervised import Supervised, beside, kill
+
+pytestmark = [pytest.mark.system, needs_fuse]
+
+_LARGE = bytes(range(256)) * 16_384  # 4 MiB: passed through when it is cached
+
+
+class Mount(Protocol):
+    def __call__(self, *, workers: int = 1) -> Supervised: ...
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    (folder / "d").mkdir(parents=True)
+    for name in ("slow", "slow2", "small"):
+        (folder / name).write_bytes(name.encode() * 10_000)
+    (folder / "large").write_bytes(_LARGE)
+    (folder / "slow-large").write_bytes(_LARGE)
+    for index in range(40):
+        (folder / "d" / f"f{index:02}").write_bytes(b"%d" % index)
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mount]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    mounts: list[Supervised] = []
+
+    def make(*, workers: int = 1) -> Supervised:
+        mounts.append(Supervised(folder, tmp_path, workers=workers))
+        return mounts[-1]
+
+    yield make
+    for mounted in mounts:
+        mounted.close()
+
+
+def _wait_gone(pid: int) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([pidfd], [], [], 60)[0], f"process {pid} is still there"
+    finally:
+        os.close(pidfd)
+
+
+def _wait_detached(target: Path) -> None:
+    with Path("/proc/self/mountinfo").open() as table:
+        poll = select.poll()
+        poll.register(table, select.POLLERR | select.POLLPRI)
+        while mount.mount_at(str(target)) is not None:
+            assert poll.poll(60_000), f"{target} is still mounted"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_read_held_by_a_killed_worker_gets_its_bytes_from_the_next(make: Mount, workers: int) -> None:
+    """The process that has the READ is killed, and again its successor; the reader gets bytes, not an error."""
+    mounted = make(workers=workers)
+    os.stat(mounted.target / "small")
+    with mounted.closed_gate():
+        looked_up = beside(lambda: os.stat(mounted.target / "slow").st_size)
+        first, _ = mounted.wait_held()
+        kill(first)
+        second, path = mounted.wait_held()
+        assert (second != first, path) == (True, "/slow")
+    assert looked_up.result(60) == 40_000
+    with mounted.closed_gate():
+        reading = beside((mounted.target / "slow").read_bytes)
+        for _ in range(3):
+            pid, _ = mounted.wait_held()
+            kill(pid)
+        mounted.wait_held()
+    assert reading.result(60) == b"slow" * 10_000
+
+
+def test_what_is_open_stays_open_and_is_the_same_version_after_a_death(make: Mount, folder: Path) -> None:
+    """A passed-through file, a cached one, a directory half read: all go on; the counts are those of before."""
+    mounted = make()
+    with (
+        (mounted.target / "large").open("rb", buffering=0) as large,
+        (mounted.target / "slow-large").open("rb", buffering=0) as cached,
+        os.scandir(mounted.target / "d") as names,
+    ):
+        seen = [next(names).name]
+        assert cached.read(100) == _LARGE[:100]
+        (before,) = mounted.workers
+        kill(before)
+        assert large.read(1 << 20) == _LARGE[: 1 << 20]
+        cached.seek(3 << 20)
+        assert cached.read() == _LARGE[3 << 20 :]
+        seen += [entry.name for entry in names]
+        assert sorted(seen) == sorted(os.listdir(folder / "d"))
+    # Closed and opened again: passthrough and cached opens never mix on one inode, or the kernel answers EIO.
+    for _ in range(2):
+        assert (mounted.target / "large").read_bytes() == _LARGE
+    (after,) = mounted.workers
+    assert after != before
+
+
+def test_a_file_replaced_while_its_worker_was_dead_is_stale_to_who_had_it_open(make: Mount, folder: Path) -> None:
+    """The next worker knows the version that was opened, and never serves another's bytes."""
+    mounted = make()
+    with (mounted.target / "slow-large").open("rb", buffering=0) as file:
+        assert file.read(10) == _LARGE[:10]
+        kill(mounted.workers[0])
+        (folder / "slow-large").write_bytes(b"new" * 1_500_000)
+        file.seek(3 << 20)
+        with pytest.raises(OSError) as caught:
+            file.read()
+    assert caught.value.errno is not None
+
+
+def test_64_readers_survive_a_worker_that_is_killed_among_them(make: Mount, folder: Path) -> None:
+    """Every one of them has its READ in flight, and every one gets its bytes."""
+    for index in range(64):
+        (folder / f"slow{index:02}").write_bytes(b"%02d" % index * 5_000)
+    mounted = make()
+    sizes = [os.stat(mounted.target / f"slow{index:02}").st_size for index in range(64)]
+    assert sizes == [10_000] * 64
+    for _ in range(64):
+        mounted.wait_held()  # the look-ups
+    with mounted.closed_gate():
+        reading = [beside((mounted.target / f"slow{index:02}").read_bytes) for index in range(64)]
+        holders = {mounted.wait_held()[0] for _ in range(64)}
+        (holder,) = holders
+        kill(holder)
+    assert [future.result(60) for future in reading] == [b"%02d" % index * 5_000 for index in range(64)]
+
+
+def test_deaths_in_a_row_leave_the_inode_table_exact(make: Mount, folder: Path) -> None:
+    """A tree is walked while workers die; everything is found, and a forgotten name is looked up anew."""
+    mounted = make()
+    for _ in range(6):
+        walk = beside(lambda: sorted(p.name for p in mounted.target.rglob("*")))
+        kill(mounted.workers[0])
+        assert walk.result(60) == sorted(p.name for p in folder.rglob("*"))
+        Path("/proc/sys/vm/drop_caches").write_text("2")  # the kernel forgets what it can
+        assert (mounted.target / "d" / "f07").read_bytes() == b"7"
+
+
+def test_who_stands_by_is_replaced_too(make: Mount) -> None:
+    """With worker and spare both killed the mount takes longer, and goes on."""
+    mounted = make()
+    for pid in mounted.children()[1:]:  # the first is the watcher
+        kill(pid)
+    assert (mounted.target / "small").read_bytes() == b"small" * 10_000
+
+
+def test_a_killed_supervisor_leaves_no_mount_and_open_files_go_on(make: Mount) -> None:
+    """The folder is a plain one again; what was open is served to its end, and then nothing is left."""
+    mounted = make()
+    workers = mounted.children()
+    with (mounted.target / "large").open("rb", buffering=0) as large, (mounted.target / "slow").open("rb") as slow:
+        mounted.process.send_signal(signal.SIGKILL)
+        _wait_detached(mounted.target)
+        assert os.listdir(mounted.target) == []
+        assert large.read() == _LARGE
+        assert slow.read() == b"slow" * 10_000
+    for pid in workers:
+        _wait_gone(pid)
+
+
+def test_supervisor_and_workers_killed_at_once_leave_no_dead_mount(make: Mount) -> None:
+    """The watcher, whom nobody shot, detaches the folder."""
+    mounted = make()
+    watcher, *workers = mounted.children()
+    os.kill(mounted.process.pid, signal.SIGSTOP)
+    for pid in (mounted.process.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    _wait_detached(mounted.target)
+    assert os.listdir(mounted.target) == []
+    _wait_gone(watcher)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_upgrade_exchanges_every_process_under_a_reader(make: Mount, workers: int) -> None:
+    """SIGHUP: the same mount and supervisor pid, other workers; a read in flight gets its bytes."""
+    mounted = make(workers=workers)
+    (mounted.target / "slow").stat()
+    mounted.wait_held()
+    with mounted.closed_gate():
+        reading = beside((mounted.target / "slow").read_bytes)
+        mounted.wait_held()
+        with registry.opened_pids(mounted.workers) as pidfds:
+            assert len(pidfds) == workers
+            mounted.process.send_signal(signal.SIGHUP)
+            assert registry.wait_all_ended(pidfds, 60)
+        mounted.wait_held()
+    assert reading.result(60) == b"slow" * 10_000
+    assert mounted.is_mounted()
+    assert (mounted.target / "small").read_bytes() == b"small" * 10_000
+    assert mounted.close() == 0
+
+
+def test_a_signal_ends_supervisor_and_workers(make: Mount) -> None:
+    """SIGTERM: unmounted, status 0, no process left, also with two workers."""
+    mounted = make(workers=2)
+    assert (mounted.target / "large").read_bytes() == _LARGE
+    pids = mounted.children()
+    assert mounted.close() == 0
+    for pid in pids:
+        _wait_gone(pid)
+    assert registry.record_of(str(mounted.target)) is None
