@@ -18,6 +18,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import isfilelike, stringify_path
 
+from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.reading import RangeReader, RawFile, in_parallel, read_slice
 from orchestra.client.shared import close_shared_clients, shared_client
 from orchestra.errors import NotADirectoryPathError, NotFoundError, OrchestraError, ReadOnlyError
@@ -186,6 +187,7 @@ class OrchestraFileSystem(AbstractFileSystem):  # type: ignore[misc]
         """Return a file's bytes, or {path: bytes} for a list, a pattern or `recursive`; missing ones fetched at once.
 
         `on_error`: "raise", "omit" (leave the file out) or "return" (the error stands in place of the bytes).
+        `batch_size`: how many are fetched at the same time, as in fsspec's asynchronous file systems.
         """
         if on_error not in ("raise", "omit", "return"):
             raise ValueError(f'on_error: expected "raise", "omit" or "return", got {on_error!r}')
@@ -196,8 +198,9 @@ class OrchestraFileSystem(AbstractFileSystem):  # type: ignore[misc]
         paths = self.expand_path(path, recursive=recursive)
         if recursive or not isinstance(path, list):
             paths = [one for one in paths if not self.isdir(one)]
+        at_once = kwargs.pop("batch_size", None) or READ_MANY_AT_ONCE
         if on_error == "raise" and not kwargs:
-            return dict(zip(paths, self.client.read_many(paths), strict=True))
+            return dict(zip(paths, self.client.read_many(paths, at_once=at_once), strict=True))
         results = in_parallel(lambda one: self._cat_or_error(one, on_error, kwargs), paths)
         pairs = zip(paths, results, strict=True)
         return {one: data for one, data in pairs if on_error != "omit" or not isinstance(data, OrchestraError)}

@@ -13,6 +13,9 @@ from typing import Protocol
 
 from orchestra.values import Entry
 
+# Fetches that one `read_many` keeps in flight: the store's own limit (fetch.requests_max) is what counts in the end.
+READ_MANY_AT_ONCE = 256
+
 
 class DirectoryView(Protocol):
     """The entries of one directory at one moment, sorted by name in code point order; immutable, holds no lock."""
@@ -49,6 +52,10 @@ class Handle(Protocol):
         """`readinto_cached` of what was fetched for this reader by a MissStream."""
         ...
 
+    def read_here(self, *, fetched: bool = False) -> bytes | None:
+        """Return the whole object if every byte is on this node's disk, else None; `fetched`: a MissStream said so."""
+        ...
+
     def read(self, offset: int, length: int) -> bytes:
         """`readinto` into fresh bytes; b"" at and past the end."""
         ...
@@ -70,8 +77,9 @@ class MissStream(Protocol):
     """Ranges of many handles asked for at once, without a waiting thread each. One thread asks, another takes answers;
     belongs to the process that made it."""
 
-    def ask(self, serial: int, handle: Handle, start: int, stop: int) -> bool:
-        """Have [start, stop) made present; False if it could not be asked (use `Handle.readinto`). Never waits."""
+    def ask(self, *wanted: tuple[int, Handle, int, int]) -> bool:
+        """Have ranges (serial, handle, start, stop) made present, in one message; False if it could not be asked
+        (use `Handle.readinto`). Never waits."""
         ...
 
     def answers(self) -> list[tuple[int, bool]]:
@@ -123,8 +131,11 @@ class Client(Protocol):
         """Return the bytes [start, stop) of the object, cut at its end."""
         ...
 
-    def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
-        """Return the whole contents of many (small) objects, missing ones fetched at the same time."""
+    def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
+        """Return the whole contents of many (small) objects, up to `at_once` missing ones fetched at the same time.
+
+        Raises the error of the first that fails.
+        """
         ...
 
     def miss_stream(self) -> MissStream | None:

@@ -82,13 +82,24 @@ class NodeHandle:
             self._note(self._client.note_miss, offset, count)
         return count
 
+    def read_here(self, *, fetched: bool = False) -> bytes | None:
+        """See Handle."""
+        size = self._entry.size_bytes
+        if 0 < size <= self._block_size:
+            if fetched:
+                self._local.forget()
+            return self._try_whole(self._client.note_miss if fetched else self._client.note_hit)
+        buffer = bytearray(size)
+        read = self.readinto_fetched if fetched else self.readinto_cached
+        return bytes(buffer) if read(0, buffer) is not None else None
+
     def read(self, offset: int, length: int) -> bytes:
         """See Handle."""
         if length < 0:
             raise UsageError(f"cannot read {length} bytes")
         size = self._entry.size_bytes
         if not offset and 0 < size <= length and size <= self._block_size:
-            data = self._try_whole()
+            data = self._try_whole(self._client.note_hit)
             if data is not None:
                 return data
         return self._read_bytes(offset, max(0, min(length, size - offset)))
@@ -143,13 +154,13 @@ class NodeHandle:
             self._note(self._client.note_hit, offset, count)
         return count
 
-    def _try_whole(self) -> bytes | None:
+    def _try_whole(self, note: Callable[[bytes, int, int, int], None]) -> bytes | None:
         try:
             data = self._local.read_small()
         except CorruptBlockError:
             return None
         if data is not None:
-            self._client.note_hit(self._digest, 0, 1, len(data))
+            note(self._digest, 0, 1, len(data))
         return data
 
     def _note(self, note: Callable[[bytes, int, int, int], None], offset: int, size_bytes: int) -> None:

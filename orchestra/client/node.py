@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import LocalObject
+from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
+from orchestra.client.many import read_many
 from orchestra.client.process import start_daemon
 from orchestra.client.stream import MissStream
 from orchestra.client.wire import ConnectionLostError, DaemonConnection
@@ -32,7 +34,6 @@ from orchestra.errors import (
     NotADirectoryPathError,
     NotFoundError,
     OrchestraError,
-    from_wire,
 )
 from orchestra.metadata.reader import Known, MetadataReader
 from orchestra.metadata.records import Record, RecordEntry
@@ -207,14 +208,9 @@ class NodeClient:
         finally:
             handle.close()
 
-    def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
+    def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
         """See Client."""
-        missing = [path for path in paths if not self._is_cached(path)]
-        if len(missing) > 1:
-            answer = self.daemon_request("POST", "/v1/ensure_many", {"paths": missing})
-            for body in answer["errors"]:
-                raise from_wire(body)
-        return [self.read_file(path) for path in paths]
+        return read_many(self, paths, at_once)
 
     def cached_bytes(self, entry: Entry) -> int:
         """Return how many bytes of that version are on this node's disk."""
@@ -263,16 +259,6 @@ class NodeClient:
     def note_miss(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
         """Count a read that had to ask the daemon."""
         self._access_ring().miss(digest, first_block, block_count, size_bytes)
-
-    def _is_cached(self, path: str) -> bool:
-        entry = self.stat_cached(path)
-        if entry is None:
-            return False
-        local = self._local(self._object_id(entry).digest(), entry.size_bytes)
-        try:
-            return local.cached_bytes() == entry.size_bytes
-        finally:
-            local.close()
 
     def _object_id(self, entry: Entry) -> ObjectId:
         location = self._locate(normalize_path(entry.path))

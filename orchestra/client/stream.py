@@ -32,17 +32,20 @@ class MissStream:
         self._is_switched = False
         self._is_begun = False
 
-    def ask(self, serial: int, handle: Handle, start: int, stop: int) -> bool:
+    def ask(self, *wanted: tuple[int, Handle, int, int]) -> bool:
         """See MissStream."""
-        assert isinstance(handle, NodeHandle), "the handle of another client"
-        entry = handle.entry
-        if not entry.path.isascii():
-            try:
-                entry.path.encode()
-            except UnicodeEncodeError:  # a name that is no UTF-8: the other route carries it
-                return False
-        line = json.dumps((serial, entry.path, entry.version, handle.digest_hex, entry.size_bytes, start, stop, 0))
-        message = line.encode() + b"\n" if self._is_begun else _UPGRADE + line.encode() + b"\n"
+        lines = [] if self._is_begun else [_UPGRADE]
+        for serial, handle, start, stop in wanted:
+            assert isinstance(handle, NodeHandle), "the handle of another client"
+            entry = handle.entry
+            if not entry.path.isascii():
+                try:
+                    entry.path.encode()
+                except UnicodeEncodeError:  # a name that is no UTF-8: the other route carries it
+                    return False
+            line = json.dumps((serial, entry.path, entry.version, handle.digest_hex, entry.size_bytes, start, stop, 0))
+            lines.append(f"{line}\n".encode())
+        message = b"".join(lines)
         self._is_begun = True
         self._count_message()
         try:

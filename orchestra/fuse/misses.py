@@ -67,7 +67,7 @@ class Misses:
                 return False
         unique = waiting.unique
         self._waiting[unique] = waiting
-        if stream.ask(unique, waiting.handle, waiting.offset, waiting.offset + waiting.size_bytes):
+        if stream.ask((unique, waiting.handle, waiting.offset, waiting.offset + waiting.size_bytes)):
             # The stream may have ended between our look and our asking, with nobody left to see the answer.
             return not self._ended.is_set() or self._waiting.pop(unique, None) is None
         # Whoever takes it out answers it: the thread of the answers may have seen the stream end before we did.

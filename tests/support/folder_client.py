@@ -78,6 +78,10 @@ class FolderHandle:
     def readinto_fetched(self, offset: int, buffer: bytearray | memoryview) -> int | None:
         return self.readinto_cached(offset, buffer)
 
+    def read_here(self, *, fetched: bool = False) -> bytes | None:
+        buffer = bytearray(self._entry.size_bytes)
+        return bytes(buffer) if self.readinto_cached(0, buffer) is not None else None
+
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._file, length, offset)
 
@@ -216,7 +220,7 @@ class FolderClient:
         finally:
             handle.close()
 
-    def read_many(self, paths: Sequence[str]) -> builtins.list[bytes]:
+    def read_many(self, paths: Sequence[str], *, at_once: int = 1) -> builtins.list[bytes]:
         return [self.read_file(path) for path in paths]
 
     def miss_stream(self) -> None:
