@@ -14,12 +14,12 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import crc32c
 
-from orchestra.blocks.accounts import Accounts, CacheFullError
+from orchestra.blocks.accounts import Accounts, CacheFullError, NotAdmittedError, Victims, digest_of
 from orchestra.blocks.disk import Buffer, Disk, LocalDisk
 from orchestra.blocks.eviction.plan import NextUses
 from orchestra.blocks.files import BlockFiles
@@ -28,6 +28,7 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import LocalObject
+from orchestra.blocks.rules import Origin, SpaceRules
 from orchestra.blocks.scan import find_files
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ _EVICTED_AT_ONCE_BYTES = 1024 * 1024
 # descriptors that the process may have.
 _OPEN_EXTENTS_MAX = 128
 _OPEN_EXTENTS_RATIO = 0.25
+# Extents freed under one hold of the lock: a thousand unlinks take 10 ms, and readers' misses wait no longer.
+_FREED_AT_ONCE = 1000
 _NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -70,6 +73,19 @@ class BlockStatistics:
     evicted_bytes: int
     evicted_count: int
     corrupt_count: int
+    expired_count: int  # left because of their mount's ttl
+    freed_bytes: int  # left because somebody said so
+    refused_count: int  # were not let in: no room, or not worth another's place
+    pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What `free` did, in bytes: dropped, kept because pinned, kept because being written at that moment."""
+
+    freed_bytes: int
+    pinned_bytes: int
+    busy_bytes: int
 
 
 class BlockStore:
@@ -88,6 +104,8 @@ class BlockStore:
         self._open_extents_max = min(_OPEN_EXTENTS_MAX, int(descriptors_max * _OPEN_EXTENTS_RATIO))
         self._lock = threading.RLock()
         self._written = self._evicted = self._evicted_count = self._corrupt = 0
+        self._expired_count = self._freed = self._refused_count = 0
+        self._is_full_known = False  # that there is no room for what is not pinned was said, and is true still
 
     def statistics(self) -> BlockStatistics:
         """Return a snapshot."""
@@ -99,6 +117,10 @@ class BlockStore:
                 self._evicted,
                 self._evicted_count,
                 self._corrupt,
+                self._expired_count,
+                self._freed,
+                self._refused_count,
+                self._accounts.pinned_bytes,
             )
 
     def open_object(self, digest: str, size_bytes: int) -> LocalObject:
@@ -123,10 +145,10 @@ class BlockStore:
                 return None
             return [block for block in blocks if not filling.marks.is_present(block)]
 
-    def room_bytes(self) -> int:
-        """Bytes that may be written now before anything has to leave; negative when something must."""
+    def room_bytes(self, store_id: str = "") -> int:
+        """Bytes (of that store) that may be written now before anything has to leave; negative when something must."""
         with self._lock:
-            return self._accounts.room_bytes()
+            return self._accounts.room_bytes(store_id)
 
     def missing_charge(self, digest: str, size_bytes: int) -> int:
         """Bytes that the rest of the object would take on disk, by the accounts; 0 when they have all of it. Costs no
@@ -159,25 +181,25 @@ class BlockStore:
         """`reader` will read these extents at that position of its plan. Policies that follow no plan ignore it (`auto`
         and `plan` do follow)."""
         with self._lock:
-            if (plans := self._accounts.plans) is not None:
+            for plans in self._accounts.plans:
                 plans.expect(reader, position, names)
 
     def follow_plan(self, reader: str, uses: NextUses) -> None:
         """`reader` will read these extents in this order; replaces what was expected of that reader."""
         with self._lock:
-            if (plans := self._accounts.plans) is not None:
+            for plans in self._accounts.plans:
                 plans.follow(reader, uses)
 
     def advance_plan(self, reader: str, position: int) -> None:
         """The reads of `reader` at positions below this one are done."""
         with self._lock:
-            if (plans := self._accounts.plans) is not None:
+            for plans in self._accounts.plans:
                 plans.advance(reader, position)
 
     def forget_plan(self, reader: str) -> None:
         """That plan ended, or was given up."""
         with self._lock:
-            if (plans := self._accounts.plans) is not None:
+            for plans in self._accounts.plans:
                 plans.forget(reader)
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -191,7 +213,7 @@ class BlockStore:
         assert len(data) == expected, f"block {block_index} has {len(data)} bytes, not {expected}"
         charge = _charge(expected)
         name = self._name(digest, size_bytes, block_index)
-        self._make_room(charge, keep=name)
+        owner = self._make_room(charge, name)
         try:
             self._write_or_evict(digest, size_bytes, block_index, data)
         except OSError as error:
@@ -201,9 +223,10 @@ class BlockStore:
             raise
         finally:
             with self._lock:
-                self._accounts.settle(charge)
+                self._accounts.settle(charge, owner)
         with self._lock:
             self._written += expected
+            self._is_full_known = False
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether that much could be written now, after evicting what may leave."""
@@ -214,11 +237,31 @@ class BlockStore:
                 return False
         return True
 
+    def admits(self, digest: str, size_bytes: int, block_index: int, origin: Origin) -> bool:
+        """Whether that block, a version of `origin`, would be kept if it were written now; remembers whose it is.
+
+        False: there is no room even after evicting what may leave, or what would have to is worth more (eviction).
+        """
+        name = self._name(digest, size_bytes, block_index)
+        charge = _charge(self._geometry.block_range(size_bytes, block_index).length)
+        with self._lock:
+            self._accounts.expect(digest, origin)
+            try:
+                self._accounts.choose_victims(charge, self._busy() | {name}, name)
+            except CacheFullError as error:
+                self._refused_count += 1
+                if not isinstance(error, NotAdmittedError) and not self._is_full_known:
+                    self._is_full_known = True
+                    log.warning("%s; reads go on, without being cached", error)
+                return False
+        return True
+
     def evict(self, size_bytes: int, *, keep: str = "") -> int:
         """Evict at least that many bytes (or all that may leave), whatever the accounts say about room: the disk
         itself said that it is full. Returns how many files went."""
         with self._lock:
             victims = self._accounts.choose_oldest(size_bytes, self._busy() | {keep})
+            self._accounts.evict(Victims(of_all=victims))
             retired = [path for name in victims for path in self._retire(name)]
         self._files.unlink(retired)
         return len(retired)
@@ -226,12 +269,16 @@ class BlockStore:
     def _busy(self) -> set[str]:
         return {name for name, filling in self._filling.items() if filling.users}
 
-    def _make_room(self, charge: int, *, keep: str) -> None:
+    def _make_room(self, charge: int, name: str) -> Origin | None:
+        """Reserve that much, evicting what has to leave; return whose reservation it is."""
         with self._lock:
-            victims = self._accounts.choose_victims(charge, self._busy() | {keep})
-            retired = [path for name in victims for path in self._retire(name)]
-            self._accounts.reserve(charge)
+            victims = self._accounts.choose_victims(charge, self._busy() | {name}, name)
+            self._accounts.evict(victims)
+            retired = [path for victim in victims for path in self._retire(victim)]
+            self._accounts.reserve(charge, name)
+            owner = self._accounts.origin_of(name)
         self._files.unlink(retired)
+        return owner
 
     def _drop_unused(self, name: str) -> None:
         """Remove an extent that holds no block after a write that failed: nothing else would ever evict it."""
@@ -350,6 +397,86 @@ class BlockStore:
                     paths += self._retire(name)
         self._files.unlink(paths)
         return freed
+
+    def keep_limits(self) -> int:
+        """Let leave what outlived its mount's ttl, and what is above a quota, the capacity or the free-space floor;
+        return how many extents left. To be called from time to time: nobody needs to write for a limit to be passed."""
+        with self._lock:
+            busy = self._busy()
+            expired = self._accounts.choose_expired(busy)
+            retired = [path for name in expired for path in self._retire(name)]
+            self._expired_count += len(expired)
+            excess = self._accounts.choose_excess(busy)
+            self._accounts.evict(excess)
+            names = list(excess)
+            retired += [path for name in names for path in self._retire(name)]
+        self._files.unlink(retired)
+        return len(expired) + len(names)
+
+    def set_rules(self, rules: SpaceRules) -> None:
+        """From now on these pins, quotas and ages hold, also for what is held; `keep_limits` then makes room."""
+        with self._lock:
+            self._accounts.set_rules(rules)
+
+    # -- what is held of whom --------------------------------------------------------------------------------------
+
+    def free(self, is_wanted: Callable[[Origin | None], bool], *, pinned: bool = False) -> Freed:
+        """Drop the extents whose origin `is_wanted`, but for those being written this moment, and pinned ones unless
+        `pinned`. Readers that have them open keep valid bytes."""
+        with self._lock:
+            held = self._accounts.origins()
+        names = [name for name, origin in held if is_wanted(origin)]  # of a million names in a second: not locked
+        freed = kept_pinned = kept_busy = 0
+        for first in range(0, len(names), _FREED_AT_ONCE):
+            retired: list[str] = []
+            with self._lock:
+                busy = self._busy()
+                for name in names[first : first + _FREED_AT_ONCE]:
+                    size_bytes = self._accounts.size_of(name)
+                    if self._accounts.is_pinned(name) and not pinned:
+                        kept_pinned += size_bytes
+                    elif name in busy:
+                        kept_busy += size_bytes
+                    elif size_bytes:
+                        freed += size_bytes
+                        retired += self._drop(name)
+            self._files.unlink(retired)
+        with self._lock:
+            self._freed += freed
+        return Freed(freed, kept_pinned, kept_busy)
+
+    def held_bytes(self, is_wanted: Callable[[Origin | None], bool]) -> tuple[int, int]:
+        """Return the bytes held of origins that `is_wanted`, all versions, and how many of them are pinned."""
+        with self._lock:
+            held = self._accounts.origins()
+        names = [name for name, origin in held if is_wanted(origin)]
+        with self._lock:
+            return (
+                sum(self._accounts.size_of(name) for name in names),
+                sum(self._accounts.size_of(name) for name in names if self._accounts.is_pinned(name)),
+            )
+
+    def used_by_store(self) -> dict[str, int]:
+        """Return the bytes held by store id; "" for what a crash left without an owner."""
+        with self._lock:
+            return self._accounts.used_by_store()
+
+    def unknown_digests(self) -> set[str]:
+        """Return the digests of objects of which a crash lost whose they are."""
+        with self._lock:
+            return {digest_of(name) for name, origin in self._accounts.origins() if origin is None}
+
+    def learn(self, origins: Mapping[str, Origin]) -> None:
+        """Take note of whose the objects with these digests are, where that was lost."""
+        with self._lock:
+            self._accounts.learn(origins)
+
+    def _drop(self, name: str) -> list[str]:
+        """As `_retire`, but it counts as freed and not as evicted."""
+        evicted, count = self._evicted, self._evicted_count
+        paths = self._retire(name)
+        self._evicted, self._evicted_count = evicted, count
+        return paths
 
     def _retire(self, name: str) -> list[str]:
         """Make `name` invisible and uncounted, under the lock; return the paths to unlink outside it."""

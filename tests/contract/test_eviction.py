@@ -183,7 +183,7 @@ class TestPlan(EvictionSuite):
         assert list(policy.victims()) == ["b", "c", "a"]
         policy.advance("r", 7)
         policy.expect("r", 6, ["a"])
-        assert list(policy.victims())[0] == "a"
+        assert next(policy.victims()) == "a"
         assert policy.next_use("c") == 2
 
     def test_a_long_plan_keeps_the_order_exact(self) -> None:
