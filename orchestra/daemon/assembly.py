@@ -7,6 +7,7 @@ import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from orchestra.blocks.accounts import Accounts, SpaceLimit
 from orchestra.blocks.eviction import make_policy
@@ -83,7 +84,7 @@ def assemble(
     layout, geometry = prepare(config.cache.dir, geometry)
     lock = OwnerLock(layout.lock, started=started)
     empty_tmp(layout)
-    blocks, index = _open_blocks(config, layout, geometry)
+    blocks, index = _open_blocks(config, layout, geometry, clock)
     catalog = _catalog(layout, blocks, clock)
     budget = ByteBudget(config.fetch.in_flight_bytes_max)
     fetcher = Fetcher(budget)
@@ -148,11 +149,14 @@ async def disassemble(node: Node) -> None:
     node.lock.release()
 
 
-def _open_blocks(config: Config, layout: CacheLayout, geometry: Geometry) -> tuple[BlockStore, BlockIndex]:
-    index = BlockIndex(layout.index)
+def _open_blocks(
+    config: Config, layout: CacheLayout, geometry: Geometry, clock: Clock
+) -> tuple[BlockStore, BlockIndex]:
+    index = BlockIndex(layout.index, boot_id=boot_id())
     rows, clean = index.load()
     limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.prefix))
-    accounts = Accounts(make_policy(config.cache.eviction), limit, index)
+    new_policy = partial(make_policy, config.cache.eviction)
+    accounts = Accounts(new_policy(), limit, index, make_policy=new_policy, clock=clock)
     accounts.load(rows)
     blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
     if not clean:

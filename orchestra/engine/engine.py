@@ -21,6 +21,7 @@ from functools import partial
 
 from orchestra.blocks.accounts import CacheFullError
 from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.rules import Origin
 from orchestra.blocks.store import BlockStore
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import (
@@ -181,7 +182,7 @@ class Engine:
         if priority is Priority.DEMAND:
             for listener in self._listeners:
                 listener(Access(wanted, digest, self._geometry.blocks_of(wanted.byte_range)))
-        if not self._blocks.has_room(self._geometry.block_range(wanted.info.size_bytes, missing[0]).length):
+        if not self._is_kept(digest, wanted, missing[0]):
             return False  # to fetch what cannot be kept would be to fetch it twice
         return await self._all_of(self._join_or_start(digest, wanted, missing, priority), wanted)
 
@@ -200,7 +201,7 @@ class Engine:
             listener(Access(wanted, digest, touched))
         if not touched:
             return True
-        if not self._blocks.has_room(self._geometry.block_range(size, touched.start).length):
+        if not self._is_kept(digest, wanted, touched.start):
             return False
         flights = self._join_or_start(digest, wanted, touched, Priority.DEMAND)
         if len(flights) > 1:
@@ -208,6 +209,11 @@ class Engine:
         (flight,) = flights
         flight.add_done_callback(partial(self._note_if_stale, wanted))
         return flight
+
+    def _is_kept(self, digest: str, wanted: Wanted, block: int) -> bool:
+        """Whether that block would be kept, going by room, eviction policy, pins and quotas."""
+        origin = Origin(wanted.mount.store.store_id, wanted.info.key)
+        return self._blocks.admits(digest, wanted.info.size_bytes, block, origin)
 
     async def _all_of(self, flights: set[asyncio.Task[bool]], wanted: Wanted) -> bool:
         try:

@@ -366,7 +366,7 @@ def test_a_disk_that_stays_full_refuses(tmp_path: Path, operation: str, size: in
     with pytest.raises(CacheFullError, match="disk is full"):
         cache.put("a", data_of("a", size))
     assert cache.accounts.used_bytes == 0
-    assert cache.accounts._reserved_bytes == 0
+    assert cache.accounts.reserved_bytes == 0
     cache.check()
 
 
