@@ -143,18 +143,14 @@ class DatasetPrefetch:
         return is_rested and self._room_bytes() > 2 * self._limits.margin_bytes
 
     async def _load(self, run: _Run, folder: str) -> None:
-        status = run.status
-        loader = run.loader = Loader(
-            self._engine,
-            self._geometry,
-            run,
-            priority=Priority.BACKGROUND,
-            limit=self._limits.requests_max,
-            has_room=lambda size_bytes: self._has_room(loader, size_bytes),
-        )
+        """Load the folder that is being read, then the whole mount; what is here already costs a look each."""
+        status, path = run.status, run.mount.path
         try:
-            async with self._steering.steer(loader, self._limits.requests_max):
-                is_whole = await loader.run(self._pages(run, folder))
+            for start in (folder, path) if folder != path else (path,):
+                status.files_done = status.files_failed = 0
+                is_whole = await self._load_below(run, start)
+                if status.state != "loading" or not is_whole:
+                    break
             if status.state == "loading":
                 status.state = "complete" if is_whole else "full"
         except OrchestraError as error:
@@ -164,28 +160,35 @@ class DatasetPrefetch:
             raise
         finally:
             run.task, run.ended_ns = None, self._clock.now_ns()
-            log.info("dataset prefetch of %s: %s, %d files", run.mount.path, status.state, status.files_done)
+            log.info("dataset prefetch of %s: %s, %d files", path, status.state, status.files_done)
+
+    async def _load_below(self, run: _Run, start: str) -> bool:
+        loader = run.loader = Loader(
+            self._engine,
+            self._geometry,
+            run,
+            priority=Priority.BACKGROUND,
+            limit=self._limits.requests_max,
+            has_room=lambda size_bytes: self._has_room(loader, size_bytes),
+        )
+        async with self._steering.steer(loader, self._limits.requests_max):
+            return await loader.run(self._pages(run, start))
 
     def _has_room(self, loader: Loader, size_bytes: int) -> bool:
         """Whether a piece fits beside what is in flight already, ours and readers', without anything leaving."""
-        in_flight = loader.bytes_in_flight
-        return self._room_bytes() - in_flight - size_bytes >= self._limits.margin_bytes
+        return self._room_bytes() - loader.bytes_in_flight - size_bytes >= self._limits.margin_bytes
 
-    async def _pages(self, run: _Run, folder: str) -> AsyncGenerator[Page, None]:
-        """The folder that is being read, then the whole mount; what is here already costs a look each."""
-        path = run.mount.path
-        for start in (folder, path) if folder != path else (path,):
-            async with aclosing(walk(self._engine, start)) as pages:
-                async for page in pages:
-                    if self._engine.mounts.get(path) is not run.mount:
-                        run.status.state, run.status.message = "stopped", "the mount was changed"
-                        return
-                    if run.failures_in_a_row >= _FAILURES_IN_A_ROW_MAX:
-                        run.status.state = "failed"
-                        return
-                    yield self._of_mount(page, run.mount)
-            if start != path and run.loader is not None:  # the walk over all comes to them again
-                run.status.files_done = run.loader.bytes_done = 0
+    async def _pages(self, run: _Run, start: str) -> AsyncGenerator[Page, None]:
+        """The files below `start`, until the mount is changed or its store fails and fails."""
+        async with aclosing(walk(self._engine, start)) as pages:
+            async for page in pages:
+                if self._engine.mounts.get(run.mount.path) is not run.mount:
+                    run.status.state, run.status.message = "stopped", "the mount was changed"
+                    return
+                if run.failures_in_a_row >= _FAILURES_IN_A_ROW_MAX:
+                    run.status.state = "failed"
+                    return
+                yield self._of_mount(page, run.mount)
 
     def _of_mount(self, page: Page, mount: OpenedMount) -> Page:
         """Without the files of mounts nested in this one: each mount says for itself what is prefetched."""
