@@ -20,6 +20,8 @@ from orchestra.errors import CacheDirectoryError, DaemonUnavailableError, from_w
 
 # Opening a cache of millions of extents after a crash takes some seconds; a daemon that needs longer is stuck.
 START_TIMEOUT_S = 60.0
+# A daemon that is killed while it starts is started again. One that cannot live says why, and is not.
+_STARTS_MAX = 6
 # What is asked for here is answered in a millisecond; a daemon that lets somebody wait so long is stopped or stuck.
 _STATUS_TIMEOUT_S = 5.0
 # glibc gives buffers of blocks back to the kernel as soon as they are freed, and the next block faults its pages in
@@ -41,13 +43,18 @@ def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]
     Many processes may call this at one moment: one starts it, the others wait. Raises what kept it from starting.
     """
     with _one_starter(config):
-        status = daemon_status(config)
-        if status is None:
+        for _ in range(_STARTS_MAX):
+            status = daemon_status(config)
+            if status is not None:
+                return status
             _wait_until_free(config)
             _spawn(config, autostarted=autostarted)
-            status = daemon_status(config)
+        status = daemon_status(config)
     if status is None:
-        raise DaemonUnavailableError(f"the daemon stopped right after its start; see {_layout(config).log}")
+        raise DaemonUnavailableError(
+            f"the daemon was started {_STARTS_MAX} times and ended each time before it could say anything: was it killed? "
+            f"See {_layout(config).log}"
+        )
     return status
 
 
@@ -133,7 +140,10 @@ def _wait_until_free(config: Config) -> None:
 
 
 def _spawn(config: Config, *, autostarted: bool) -> None:
-    """Start `orchestra daemon run` without a parent, and wait until it says that it is ready."""
+    """Start `orchestra daemon run` without a parent, and wait until it says that it is ready, or is gone.
+
+    Raises what it says keeps it from starting.
+    """
     ready, their_end = os.pipe()
     command = [sys.executable, "-m", "orchestra"]
     if config.source is not None:
@@ -159,8 +169,8 @@ def _spawn(config: Config, *, autostarted: bool) -> None:
                 f"the daemon did not get ready within {START_TIMEOUT_S:.0f} s; see {_layout(config).log}"
             )
         message = pipe.read()
-    if not message:
-        raise DaemonUnavailableError(f"the daemon could not be started; see {_layout(config).log}")
+    if not message:  # killed before it could say anything: whoever needs one tries again
+        return
     answer = json.loads(message)
     if "code" in answer:
         raise from_wire(answer)
