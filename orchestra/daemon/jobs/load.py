@@ -102,6 +102,7 @@ class LoadRun:
         job, blocks = self._job, self._tools.blocks
         files_total = bytes_total = missing = charged = 0
         async for page in self._pages(refresh=True):
+            files_total += page.error is not None
             for file in page.files:
                 info = file.wanted.info
                 files_total += 1
