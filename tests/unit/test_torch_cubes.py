@@ -77,15 +77,16 @@ def test_workers_together_give_the_series_in_order(frames: np.ndarray[Any, Any],
         assert torch.equal(cube, cubes.cube(index))
 
 
-def test_a_cube_in_use_is_never_overwritten(frames: np.ndarray[Any, Any]) -> None:
-    """Cubes, and views of parts of them, keep their values while a hundred more are made; memory that nobody has any
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_cube_in_use_is_never_overwritten(frames: np.ndarray[Any, Any], threads: int) -> None:
+    """Cubes, and views of parts of them, keep their values while 500 more are made; memory that nobody has any
     more is used again."""
-    cubes = small(frames, count=None)
+    cubes = small(frames, count=None, threads=threads)
     series = iter(cubes)
     kept = [next(series) for _ in range(3)]
     part = next(series)[1:3, :, 2]
-    addresses = {next(series).ctypes.data for _ in range(100)}
-    assert len(addresses) < 50
+    addresses = {next(series).ctypes.data for _ in range(500)}
+    assert len(addresses) < 100
     for index, cube in enumerate(kept):
         assert np.array_equal(cube, cubes.cube(index))
     assert np.array_equal(part, cubes.cube(3)[1:3, :, 2])
