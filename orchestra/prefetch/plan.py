@@ -131,13 +131,10 @@ class Timeline:
                 return epoch.samples[step - epoch.base]
         return None
 
-    def epoch_at(self, step: int) -> tuple[int, int, int]:
-        """(epoch, offset, total) of a step; of the last epoch's end if it lies behind everything."""
-        for epoch in self._epochs:
-            if step < epoch.base + epoch.total:
-                return epoch.number, max(0, step - epoch.base), epoch.total
-        last = self._epochs[-1] if self._epochs else _Epoch(0, 0, 0, array(INDEX_TYPE))
-        return last.number, last.total, last.total
+    def length_of(self, number: int) -> int:
+        """The samples of that epoch, 0 if nothing is known of it."""
+        epoch = self._find(number)
+        return 0 if epoch is None else epoch.total
 
     def use_after(self, step: int, index: int) -> int | None:
         """The step at which that sample comes first in a known epoch that begins after `step`, None if not known."""

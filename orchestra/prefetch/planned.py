@@ -86,7 +86,7 @@ class _Plan:
     rate_steps_per_s: float = 0.0
     no_room: list[_Ahead] = field(default_factory=list)  # to be tried again; nothing else is meanwhile
     no_room_ns: int = 0
-    has_moved: bool = False
+    told: tuple[int, int] | None = None  # (epoch, offset) as the reader said last
     fetched: int = 0
     failed: int = 0
 
@@ -163,7 +163,7 @@ class PlanRunner:
             return False
         now_ns = self._clock.now_ns()
         before, plan.position = plan.position, position
-        if not plan.has_moved or position < before:
+        if plan.told is None or position < before:
             self._restart(plan, position)
         else:
             # Over the end of an epoch only what was drawn of the new one counts: the reader may have left the old.
@@ -171,7 +171,7 @@ class PlanRunner:
             plan.rate_steps_per_s = next_rate(plan.rate_steps_per_s, drawn, (now_ns - plan.heard_ns) / 1e9)
             plan.behind = max(plan.behind, drawn)
             plan.frontier = max(plan.frontier, position - plan.behind)
-        plan.has_moved, plan.heard_ns = True, now_ns
+        plan.told, plan.heard_ns = (epoch, offset), now_ns
         self._pass(plan)
         self._try_again(plan)
         plan.timeline.forget_before(position - plan.behind)
@@ -191,14 +191,14 @@ class PlanRunner:
         """Each plan's progress, for people and tests."""
         rows = []
         for plan in self._plans.values():
-            epoch, offset, total = plan.timeline.epoch_at(plan.position)
+            epoch, offset = plan.told or (0, 0)
             rows.append(
                 {
                     "plan": plan.name,
                     "samples": plan.table.paths.count,
                     "epoch": epoch,
                     "position": offset,
-                    "epoch_samples": total,
+                    "epoch_samples": plan.timeline.length_of(epoch),
                     "ahead_samples": max(0, plan.frontier - plan.position),
                     "ahead_bytes": plan.ahead_bytes,
                     "known_samples": max(0, plan.timeline.known_stop - plan.position),
@@ -300,7 +300,7 @@ class PlanRunner:
 
     def _due(self, plan: _Plan) -> range:
         standing = plan.standing()
-        if standing.frontier >= standing.known_stop:
+        if plan.told is None or standing.frontier >= standing.known_stop:  # told: else it may begin far inside
             return range(0)
         others = sum(other.in_flight for other in self._plans.values()) - plan.in_flight
         return steps_to_look_at(standing, PlanLimits(self._ahead_max(plan), self._requests_max - others))

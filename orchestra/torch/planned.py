@@ -207,7 +207,6 @@ class PlannedSampler(Sampler[int]):
             if publisher is None or not publisher.is_own:
                 publisher = self._publisher = self._make_publisher()
             publisher.publish(running.number, share)
-            publisher.move(running.number, 0)
             coming = self._orders.peek(next_epoch)
             if coming is not None:
                 following = share_of(coming, 0, self._rank, self._world_size, drop_last=self._drop_last)

@@ -78,7 +78,7 @@ def test_epochs_that_are_over_are_dropped_and_steps_go_on() -> None:
     assert line.index_at(5) is None
     assert line.index_at(6) == 3
     assert line.step_of(3, 1) == 7
-    assert line.epoch_at(7) == (3, 1, 2)
+    assert (line.length_of(3), line.length_of(4)) == (2, 0)
 
 
 def test_the_next_use_is_in_an_epoch_to_come() -> None:
