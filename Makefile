@@ -12,9 +12,12 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What the tests need from the system: fusermount3 (mounts by other users than root), a web server that is not ours.
 DEBIAN_PACKAGES := fuse3 nginx
+# The Azure store is proved against azurite, which comes from npm: half a minute and 190 MB, once, where there is an npm.
+AZURITE := $(VENV)/azurite/node_modules/.bin/azurite-blob
+AZURITE_VERSION ?= 3.37.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean system-packages
+.PHONY: help demo test check format bench clean system-packages azurite
 
 help:
 	@echo 'make demo    train from an S3 bucket through a mounted folder, on this machine'
@@ -60,6 +63,13 @@ system-packages:
 			>/dev/null 2>&1 || echo 'could not be installed, tests that need them will be skipped:' $$missing; \
 	else echo "not installed, tests that need them will be skipped:" $$missing; fi
 
+azurite: $(VENV)/.made
+	@if [ -x $(AZURITE) ]; then exit 0; fi; \
+	if ! command -v npm >/dev/null; then echo 'no npm: the tests on azurite will be skipped'; exit 0; fi; \
+	echo 'installing azurite'; \
+	timeout 90 npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION) \
+		>/dev/null 2>&1 || { rm -rf $(VENV)/azurite; echo 'azurite could not be installed: its tests will be skipped'; }
+
 demo: $(VENV)/.demo
 	@$(BIN)/orchestra demo
 
@@ -72,8 +82,9 @@ check: $(VENV)/.test
 
 # One run, one closing line: `system` tests share one xdist group (tests/conftest.py), so that they go one after the
 # other on one worker while the others run beside them.
-test: system-packages check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: system-packages azurite check
+	@[ ! -x $(AZURITE) ] || export ORCHESTRA_AZURITE="$(CURDIR)/$(AZURITE)"; \
+	echo '$(BIN)/python -m pytest -n 2 --dist loadgroup'; $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
