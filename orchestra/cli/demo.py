@@ -10,6 +10,7 @@ import importlib.util
 import click
 
 from orchestra.cli.output import print_json, printable
+from orchestra.clock import SystemClock
 from orchestra.errors import OrchestraError
 
 _NEEDED = ("moto", "sklearn", "PIL", "torch")
@@ -36,7 +37,10 @@ def demo(as_json: bool, keep: bool, face: str) -> None:
     def say(line: str) -> None:
         click.echo(printable(line), err=as_json)
 
+    clock = SystemClock()
+    started_ns = clock.now_ns()
     report = run_demo(face, keep=keep, say=say)
+    say(f"all of it took {(clock.now_ns() - started_ns) / 1e9:.0f} s")
     if as_json:
         print_json(report.as_json())
     wrong = broken_promise(report)
