@@ -8,7 +8,8 @@ folder; `--folder DIR` adds the files below DIR under their own names. Signature
 Its bodies cost it next to nothing (`sendfile` from memory), so that a benchmark measures the client. What an object
 holds follows from its key: `expected_bytes` says it again, for the check that the bytes timed were the right ones.
 
-    GET  /__stats            requests by kind, answers by status, bytes of object bodies sent, its own CPU seconds
+    GET  /__stats            requests by kind, answers by status, bytes of object bodies sent, bodies that were sent to
+                             their end more than once, its own CPU seconds
     POST /__reset            counters to zero
     POST /__set?latency_ms=50&latency_sigma=0.6&bandwidth=90MB&cap=1GB&rate=5500    knobs, while it runs; 0: off
 
@@ -73,6 +74,7 @@ class Stats:
     requests: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     body_bytes: int = 0
+    sent: Counter[tuple[str, int]] = field(default_factory=Counter)  # bodies sent to their end, by key and first byte
     in_flight: int = 0
     in_flight_max: int = 0
     cpu_s_at_reset: float = 0.0
@@ -160,6 +162,7 @@ class Origin:
         answer = Answer(head_of(status, stop - start, extra, "binary/octet-stream"))
         if with_body:
             self.stats.body_bytes += stop - start
+            answer.part = (key, start)
             self._add_body(answer, found, start, stop)
         return answer
 
@@ -252,6 +255,7 @@ class Origin:
                 "requests": dict(stats.requests),
                 "statuses": {str(status): count for status, count in stats.statuses.items()},
                 "body_bytes": stats.body_bytes,
+                "bodies_sent_again": stats.sent.total() - len(stats.sent),
                 "in_flight_max": stats.in_flight_max,
                 "cpu_s": cpu_s - stats.cpu_s_at_reset,
             }
@@ -387,6 +391,8 @@ class Connection:
 
     def _done(self, answer: Answer) -> None:
         self._stop_writing()
+        if answer.part is not None:
+            self.origin.stats.sent[answer.part] += 1
         self._release(answer)
         if not answer.keep_alive:
             self._close()

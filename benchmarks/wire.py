@@ -36,6 +36,7 @@ class Answer:
     runs: deque[tuple[int, int, int]] = field(default_factory=deque)
     close_fd: int | None = None
     keep_alive: bool = True
+    part: tuple[str, int] | None = None  # key and first byte, of an object's body
 
 
 def parse_request(head: bytes) -> Request:
