@@ -4,6 +4,9 @@ While no reader misses anything: all that is allowed. While readers do, the leas
 a reader waits behind whatever fills the store's link, and half as much in flight often fills it just as well. Latency
 is not looked at, as it differs tenfold between two requests of one store anyway; what is looked at is the rate of all
 bytes together, once per tick. A step down that costs more than a tenth of it is taken back and not tried again soon.
+
+A load that begins while readers wait begins small and doubles as long as that brings something: 62 MB asked for at once
+would keep the first batches of an epoch waiting for a second on a link of 50 MB/s.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from dataclasses import dataclass
 
 # Below this the rate cannot be told from noise, and one request more or less is a quarter of it.
 LIMIT_MIN = 4
+LIMIT_AT_FIRST = 16
+# What twice as much in flight must bring at the beginning.
+_GAIN_MIN = 0.25
 # What a step down may cost.
 _LOSS_MAX = 0.1
 # Ticks before a step that was taken back is tried again: at 0.25 s a tick a trial that halves the rate costs 3 %.
@@ -28,17 +34,23 @@ class Squeeze:
 
     limit_max: int
     limit: int = 0
+    _is_rising: bool = True
     _best_rate: float = 0.0
     _ticks_left: int = 0
 
     def __post_init__(self) -> None:
-        self.limit = self.limit_max
+        self.limit = min(LIMIT_AT_FIRST, self.limit_max)
 
     def tick(self, rate: float, *, readers_wait: bool) -> int:
         """Note the rate (bytes per second, of all that was fetched) since the last tick; return the new limit."""
+        has_gained = rate > self._best_rate * (1 + _GAIN_MIN)
         self._best_rate = max(rate, self._best_rate * _FADING)
         if not readers_wait:
-            self.limit, self._ticks_left = self.limit_max, 0
+            self.limit, self._ticks_left, self._is_rising = self.limit_max, 0, False
+        elif self._is_rising and has_gained:
+            self.limit = min(self.limit_max, self.limit * 2)
+        elif self._is_rising:
+            self._is_rising = False
         elif rate < self._best_rate * (1 - _LOSS_MAX):
             self.limit, self._ticks_left = min(self.limit_max, self.limit * 2), _PATIENCE_TICKS
         elif self._ticks_left:

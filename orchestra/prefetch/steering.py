@@ -38,7 +38,9 @@ class Steering:
     @asynccontextmanager
     async def steer(self, loader: Loader, limit_max: int) -> AsyncIterator[None]:
         """Set the limit of `loader` for as long as the block runs."""
-        task = asyncio.create_task(self._steer(loader, Squeeze(limit_max)))
+        squeeze = Squeeze(limit_max)
+        loader.set_limit(squeeze.limit if self.readers_wait else limit_max)
+        task = asyncio.create_task(self._steer(loader, squeeze))
         try:
             yield
         finally:
