@@ -73,7 +73,10 @@ class MissStream:
                 data = rest
             *lines, self._rest = (self._rest + data).split(b"\n")
             if lines:
-                return [(int(line[:-2]), line.endswith(b" 1")) for line in lines]
+                try:
+                    return [(int(line[:-2]), line.endswith(b" 1")) for line in lines]
+                except ValueError:  # not our daemon
+                    return []
 
     def _switch(self, data: bytes) -> bytes | None:
         """Take the head of the answer; None if it is not the one that was hoped for."""

@@ -9,7 +9,6 @@ loop spend more time passing the interpreter lock around than working.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from orchestra.errors import OrchestraError
 from orchestra.fuse.channel import Channel
 from orchestra.fuse.options import READ_BYTES_MAX
 from orchestra.fuse.protocol import HEAD, HEADER_OUT
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +93,7 @@ class Misses:
                     waiting = self._waiting.pop(unique, None)
                     if waiting is not None:
                         self._finish(waiting, is_present, reply)
-        except Exception:
-            log.exception("the stream of misses failed; reads go the other way")
-        finally:
+        finally:  # also after a defect, which the thread's hook reports: reads then go the other way
             ended.set()
             while self._waiting:
                 try:
