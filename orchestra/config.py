@@ -37,7 +37,7 @@ class CacheConfig:
 class MountConfig:
     """One `[[mount]]`. `options` are as written (`${VAR}` not expanded).
 
-    `freshness_s` is inf for "immutable", 0 for "strict".
+    `freshness_s` is inf for "immutable", 0 for "strict". `quota_bytes` and `ttl_s` are None for no such limit.
     """
 
     path: str
@@ -46,6 +46,8 @@ class MountConfig:
     freshness_s: float = 60.0
     prefetch: str = "readahead"
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
+    quota_bytes: int | None = None  # the most of the cache that this mount's files may take
+    ttl_s: float | None = None  # what was not read for so long leaves the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -254,3 +254,9 @@ def _check_sizes(config: Config, label: str) -> None:
                 f"{label}{name} ({format_size(size_bytes)}) must hold at least one block "
                 f"(cache.block_size is {format_size(cache.block_size_bytes)})"
             )
+    for mount in config.mounts:
+        if mount.quota_bytes is not None and mount.quota_bytes < cache.block_size_bytes:
+            raise ConfigError(
+                f"{label}mount {mount.path}: quota ({format_size(mount.quota_bytes)}) must hold at least one block "
+                f"(cache.block_size is {format_size(cache.block_size_bytes)})"
+            )

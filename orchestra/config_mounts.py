@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.config import MountConfig
-from orchestra.config_keys import Key, checked, config_error, did_you_mean, durations, switch, words
+from orchestra.config_keys import Key, checked, config_error, did_you_mean, durations, sizes, switch, words
 from orchestra.errors import ConfigError
+from orchestra.units import KIB, SIZE_LIMIT_BYTES
 
 # More replicas of the same data than anyone keeps; each costs a round trip before an error is final.
 URIS_MAX = 16
-KEYS_LATER = ("write_policy", "replication", "quota")
+KEYS_LATER = ("write_policy", "replication")
+# Below a block nothing that matters fits; the daemon compares it with the block size of its cache.
+QUOTA_MIN_BYTES = 4 * KIB
+TTL_MIN_S = 1.0
 
 _VARIABLE = re.compile(r"\$?\$\{([^}]*)(\}?)")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -160,6 +164,8 @@ _KEYS = {
         Key("readonly", "readonly", switch),
         Key("freshness", "freshness_s", parse_freshness_s),
         Key("prefetch", "prefetch", words("none", "readahead", "dataset")),
+        Key("quota", "quota_bytes", sizes(QUOTA_MIN_BYTES, SIZE_LIMIT_BYTES)),
+        Key("ttl", "ttl_s", durations(TTL_MIN_S)),
     )
 }
 

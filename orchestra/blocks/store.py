@@ -1,6 +1,7 @@
 """Writing, verifying and evicting blocks; the daemon's side of the cache directory.
 
-Covers: what is held and under way, room for what comes, what is held after a restart. Does not cover: the steps in
+Covers: what is held and under way, room for what comes, what is held after a restart. Does not cover: who may take how
+much (space, accounts), the steps in
 which files are made and removed (files), reading (reader), fetching, which bytes to fetch (engine).
 
 All methods are synchronous and touch only the local disk; they are thread-safe: bytes move outside the lock, names and
@@ -14,22 +15,22 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import crc32c
 
-from orchestra.blocks.accounts import Accounts, CacheFullError, NotAdmittedError, Victims, digest_of
+from orchestra.blocks.accounts import Accounts, CacheFullError, NotAdmittedError, Victims
 from orchestra.blocks.disk import Buffer, Disk, LocalDisk
-from orchestra.blocks.eviction.plan import NextUses
 from orchestra.blocks.files import BlockFiles
 from orchestra.blocks.formats import PresenceMap
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import LocalObject
-from orchestra.blocks.rules import Origin, SpaceRules
+from orchestra.blocks.rules import Origin
 from orchestra.blocks.scan import find_files
+from orchestra.blocks.space import BlockSpace
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,6 @@ _EVICTED_AT_ONCE_BYTES = 1024 * 1024
 # descriptors that the process may have.
 _OPEN_EXTENTS_MAX = 128
 _OPEN_EXTENTS_RATIO = 0.25
-# Extents freed under one hold of the lock: a thousand unlinks take 10 ms, and readers' misses wait no longer.
-_FREED_AT_ONCE = 1000
 _NO_DESCRIPTOR_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -73,19 +72,10 @@ class BlockStatistics:
     evicted_bytes: int
     evicted_count: int
     corrupt_count: int
-    expired_count: int  # left because of their mount's ttl
+    expired_count: int  # of those evicted, left because of their mount's ttl
     freed_bytes: int  # left because somebody said so
     refused_count: int  # were not let in: no room, or not worth another's place
     pinned_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Freed:
-    """What `free` did, in bytes: dropped, kept because pinned, kept because being written at that moment."""
-
-    freed_bytes: int
-    pinned_bytes: int
-    busy_bytes: int
 
 
 class BlockStore:
@@ -104,7 +94,8 @@ class BlockStore:
         self._open_extents_max = min(_OPEN_EXTENTS_MAX, int(descriptors_max * _OPEN_EXTENTS_RATIO))
         self._lock = threading.RLock()
         self._written = self._evicted = self._evicted_count = self._corrupt = 0
-        self._expired_count = self._freed = self._refused_count = 0
+        self._expired_count = self._refused_count = 0
+        self.space = BlockSpace(accounts, self._lock, busy=self._busy, drop=self._drop, unlink=self._files.unlink)
         self._is_full_known = False  # that there is no room for what is not pinned was said, and is true still
 
     def statistics(self) -> BlockStatistics:
@@ -118,7 +109,7 @@ class BlockStore:
                 self._evicted_count,
                 self._corrupt,
                 self._expired_count,
-                self._freed,
+                self.space.freed_bytes,
                 self._refused_count,
                 self._accounts.pinned_bytes,
             )
@@ -154,7 +145,7 @@ class BlockStore:
         """Bytes that the rest of the object would take on disk, by the accounts; 0 when they have all of it. Costs no
         system call."""
         whole = _charge(size_bytes)
-        return max(0, whole - sum(self._accounts.size_of(name) for name in self._names(digest, size_bytes)))
+        return max(0, whole - sum(self._accounts.size_of(name) for name in self.names_of(digest, size_bytes)))
 
     def charge_of(self, size_bytes: int) -> int:
         """Bytes that so much data takes on disk."""
@@ -184,12 +175,6 @@ class BlockStore:
             for plans in self._accounts.plans:
                 plans.expect(reader, position, names)
 
-    def follow_plan(self, reader: str, uses: NextUses) -> None:
-        """`reader` will read these extents in this order; replaces what was expected of that reader."""
-        with self._lock:
-            for plans in self._accounts.plans:
-                plans.follow(reader, uses)
-
     def advance_plan(self, reader: str, position: int) -> None:
         """The reads of `reader` at positions below this one are done."""
         with self._lock:
@@ -201,6 +186,11 @@ class BlockStore:
         with self._lock:
             for plans in self._accounts.plans:
                 plans.forget(reader)
+
+    @property
+    def turnover_count(self) -> int:
+        """How often something was evicted or refused; while it grows, what readers read decides what is kept."""
+        return self._evicted_count + self._refused_count
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -390,7 +380,7 @@ class BlockStore:
         freed = 0
         paths: list[str] = []
         with self._lock:
-            for name in self._names(digest, size_bytes):
+            for name in self.names_of(digest, size_bytes):
                 filling = self._filling.get(name)
                 if name in self._accounts and not (filling and filling.users):
                     freed += self._accounts.size_of(name)
@@ -406,70 +396,16 @@ class BlockStore:
             expired = self._accounts.choose_expired(busy)
             retired = [path for name in expired for path in self._retire(name)]
             self._expired_count += len(expired)
-            excess = self._accounts.choose_excess(busy)
+            try:
+                excess = self._accounts.choose_excess(busy)
+            except OSError as error:  # the disk does not say how full it is: who writes next finds out
+                log.warning("the cache's free space is not known: %s", error)
+                excess = Victims()
             self._accounts.evict(excess)
             names = list(excess)
             retired += [path for name in names for path in self._retire(name)]
         self._files.unlink(retired)
         return len(expired) + len(names)
-
-    def set_rules(self, rules: SpaceRules) -> None:
-        """From now on these pins, quotas and ages hold, also for what is held; `keep_limits` then makes room."""
-        with self._lock:
-            self._accounts.set_rules(rules)
-
-    # -- what is held of whom --------------------------------------------------------------------------------------
-
-    def free(self, is_wanted: Callable[[Origin | None], bool], *, pinned: bool = False) -> Freed:
-        """Drop the extents whose origin `is_wanted`, but for those being written this moment, and pinned ones unless
-        `pinned`. Readers that have them open keep valid bytes."""
-        with self._lock:
-            held = self._accounts.origins()
-        names = [name for name, origin in held if is_wanted(origin)]  # of a million names in a second: not locked
-        freed = kept_pinned = kept_busy = 0
-        for first in range(0, len(names), _FREED_AT_ONCE):
-            retired: list[str] = []
-            with self._lock:
-                busy = self._busy()
-                for name in names[first : first + _FREED_AT_ONCE]:
-                    size_bytes = self._accounts.size_of(name)
-                    if self._accounts.is_pinned(name) and not pinned:
-                        kept_pinned += size_bytes
-                    elif name in busy:
-                        kept_busy += size_bytes
-                    elif size_bytes:
-                        freed += size_bytes
-                        retired += self._drop(name)
-            self._files.unlink(retired)
-        with self._lock:
-            self._freed += freed
-        return Freed(freed, kept_pinned, kept_busy)
-
-    def held_bytes(self, is_wanted: Callable[[Origin | None], bool]) -> tuple[int, int]:
-        """Return the bytes held of origins that `is_wanted`, all versions, and how many of them are pinned."""
-        with self._lock:
-            held = self._accounts.origins()
-        names = [name for name, origin in held if is_wanted(origin)]
-        with self._lock:
-            return (
-                sum(self._accounts.size_of(name) for name in names),
-                sum(self._accounts.size_of(name) for name in names if self._accounts.is_pinned(name)),
-            )
-
-    def used_by_store(self) -> dict[str, int]:
-        """Return the bytes held by store id; "" for what a crash left without an owner."""
-        with self._lock:
-            return self._accounts.used_by_store()
-
-    def unknown_digests(self) -> set[str]:
-        """Return the digests of objects of which a crash lost whose they are."""
-        with self._lock:
-            return {digest_of(name) for name, origin in self._accounts.origins() if origin is None}
-
-    def learn(self, origins: Mapping[str, Origin]) -> None:
-        """Take note of whose the objects with these digests are, where that was lost."""
-        with self._lock:
-            self._accounts.learn(origins)
 
     def _drop(self, name: str) -> list[str]:
         """As `_retire`, but it counts as freed and not as evicted."""
@@ -557,11 +493,6 @@ class BlockStore:
         if self._geometry.is_small(size_bytes):
             return digest
         return f"{digest}.{block_index // self._geometry.blocks_per_extent}"
-
-    def _names(self, digest: str, size_bytes: int) -> list[str]:
-        if self._geometry.is_small(size_bytes):
-            return [digest]
-        return [f"{digest}.{index}" for index in range(self._geometry.extent_count(size_bytes))]
 
 
 def _charge(size_bytes: int) -> int:

@@ -41,14 +41,20 @@ COMMANDS = MappingProxyType(
         "daemon": ("orchestra.cli.daemon:daemon", "Run, start, stop and ask the node daemon."),
         "demo": ("orchestra.cli.demo:demo", "Train from a mounted S3 bucket, cold and warm, on this machine."),
         "du": ("orchestra.cli.files:du", "Show how many bytes a tree has, and how many of them are cached."),
+        "free": ("orchestra.cli.cache:free", "Drop what is cached at and below PATH; the store keeps everything."),
         "fuse": ("orchestra.cli.fuse:fuse_group", "Mount the namespace as a folder."),
         "job": ("orchestra.cli.job:job", "List, watch and stop loads."),
         "load": ("orchestra.cli.load:load", "Bring the files at and below PATH into the cache."),
         "ls": ("orchestra.cli.files:ls", "List folders and files."),
         "mkdir": ("orchestra.cli.files:mkdir", "Make a folder (refused: this version only reads)."),
         "mount": ("orchestra.cli.mount:mount", "Attach stores to the namespace."),
+        "pin": (
+            "orchestra.cli.cache:pin",
+            "Keep what is cached below PATH, now and later; without PATH, list what is pinned.",
+        ),
         "rm": ("orchestra.cli.files:rm", "Remove files (refused: this version only reads)."),
         "stat": ("orchestra.cli.files:stat", "Show what is known about a path, and how much of it is cached."),
+        "unpin": ("orchestra.cli.cache:unpin", "Let what is cached below PATH leave again when room is needed."),
     }
 )
 

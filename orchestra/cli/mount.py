@@ -21,7 +21,9 @@ from orchestra.errors import NotFoundError
 ROUTE = "/v1/mounts"
 
 # What the daemon's API calls the fields of a mount that may be given.
-FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options")
+FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options", "quota_bytes", "ttl_s")
+# What the daemon's API calls an option of ours, where that differs.
+_API_NAMES = {"freshness": "freshness_s", "quota": "quota_bytes", "ttl": "ttl_s"}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,6 +45,8 @@ def _settings(command: Command) -> Command:
             metavar="AGE",
             help='How old what is known of the store may be: "60s", "immutable", "strict".',
         ),
+        click.option("--quota", metavar="SIZE", help="The most of the cache that its files may take: 200GiB."),
+        click.option("--ttl", metavar="AGE", help="What was not read for so long leaves the cache: 7d."),
         click.option("--readonly/--writable", default=None, help="Whether writes are refused (default: readonly)."),
     ):
         command = option(command)
@@ -124,7 +128,7 @@ def update(
     # What is given is checked as a mount of its own; only those fields then replace the current ones.
     table = _given(given) | {"path": path, "uris": list(uris) or current["uris"], "options": parsed_options(options)}
     checked = to_wire(parse_mount(table))
-    changes = {name: checked[name] for name in ("uris", "readonly", "freshness_s", "prefetch") if name in _names(given)}
+    changes = {name: checked[name] for name in _names(given)}
     body = {name: current[name] for name in FIELDS if name in current} | changes
     body |= {"uris": checked["uris"], "options": kept | checked["options"]}
     session.client.daemon_request("PUT", ROUTE, body)
@@ -137,7 +141,7 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names(settings: Mapping[str, Any]) -> set[str]:
     """Return the API's names of the settings that were given."""
-    return {"freshness_s" if name == "freshness" else name for name in _given(settings)}
+    return {_API_NAMES.get(name, name) for name in _given(settings)}
 
 
 def to_wire(mount: MountConfig) -> dict[str, Any]:
@@ -150,6 +154,8 @@ def to_wire(mount: MountConfig) -> dict[str, Any]:
         "freshness_s": "immutable" if math.isinf(mount.freshness_s) else mount.freshness_s,
         "prefetch": mount.prefetch,
         "options": dict(mount.options),
+        "quota_bytes": mount.quota_bytes,
+        "ttl_s": mount.ttl_s,
     }
 
 

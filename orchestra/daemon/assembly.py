@@ -22,6 +22,7 @@ from orchestra.daemon.jobs.load import LoadTools
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.lock import OwnerLock
 from orchestra.daemon.mounts import MountAdmin, StoreOpener
+from orchestra.daemon.space import SpaceAdmin
 from orchestra.engine.engine import Engine
 from orchestra.engine.mounted import OpenedMount
 from orchestra.fetch.budget import ByteBudget
@@ -67,6 +68,7 @@ class Node:
     dataset: DatasetPrefetch
     jobs: JobRunner
     plans: PlanRunner
+    space: SpaceAdmin
     writers: ThreadPoolExecutor
     started_ns: int
 
@@ -91,10 +93,7 @@ def assemble(
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
     nothing: MountTable[OpenedMount] = MountTable([])
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
-
-    def use(table: MountTable[OpenedMount]) -> None:
-        engine.mounts = table
-
+    space = _space_admin(layout, blocks, clock)
     mounts = MountAdmin(
         config,
         layout,
@@ -102,7 +101,7 @@ def assemble(
         open_store=open_store or _open_store,
         open_failover=FailoverStore,
         environ=os.environ,
-        on_change=use,
+        on_change=partial(_use_mounts, engine, space),
     )
     steering = Steering(engine, fetcher.statistics, clock)
     journal, requests_max = Journal(layout.jobs), config.fetch.requests_max
@@ -125,6 +124,7 @@ def assemble(
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
         plans=_plan_runner(config, engine, blocks, clock),
+        space=space,
         writers=writers,
         started_ns=clock.now_ns(),
     )
@@ -177,6 +177,16 @@ def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Cloc
         requests_max=config.fetch.requests_max,
         in_flight_bytes_max=config.fetch.in_flight_bytes_max,
     )
+
+
+def _space_admin(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> SpaceAdmin:
+    reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
+    return SpaceAdmin(blocks, reader, layout.root / "pins.json")
+
+
+def _use_mounts(engine: Engine, space: SpaceAdmin, table: MountTable[OpenedMount]) -> None:
+    engine.mounts = table
+    space.use(table)
 
 
 def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> Catalog:

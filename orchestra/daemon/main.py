@@ -176,8 +176,12 @@ def _remove_socket(path: Path, inode: int) -> None:
 
 async def _watch_accesses(node: Node, activity: Activity) -> None:
     failed_errno: int | None = None
+    turnover_count = 0
     while True:
-        await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following else _NOTES_INTERVAL_S)
+        # Also where eviction chooses: what was read 0.5 s ago may be a whole epoch ago.
+        is_choosing = node.blocks.turnover_count != turnover_count
+        turnover_count = node.blocks.turnover_count
+        await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following or is_choosing else _NOTES_INTERVAL_S)
         if node.jobs.is_busy or node.dataset.is_busy:
             activity.note()
         try:
@@ -200,11 +204,13 @@ async def _watch_accesses(node: Node, activity: Activity) -> None:
 
 async def _flush_index(node: Node, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
+    await node.space.adopt()
     while True:
         await asyncio.sleep(_FLUSH_INTERVAL_S)
         if not node.lock.is_in_place():
             log.error("the cache directory %s was removed or replaced under this daemon: it stops", node.layout.root)
             stop.set()
+        await loop.run_in_executor(node.writers, node.blocks.keep_limits)
         await loop.run_in_executor(node.writers, node.blocks.flush)
 
 

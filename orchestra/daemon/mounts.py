@@ -22,6 +22,7 @@ from orchestra.errors import CacheDirectoryError, ConfigError, NotFoundError, Or
 from orchestra.namespace.mounts import MountTable, check_mount_path
 from orchestra.namespace.published import PublishedMount, PublishedNamespace, fingerprint, write_namespace
 from orchestra.stores.contract import StoreSettings, UnderStore
+from orchestra.units import format_size
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,11 @@ class MountAdmin:
         self._apply(self._config, [mount if old.path == mount.path else old for old in self._added])
 
     async def _open_checked(self, mount: MountConfig) -> None:
+        if mount.quota_bytes is not None and mount.quota_bytes < self._geometry.block_size_bytes:
+            raise ConfigError(
+                f"mount {mount.path}: quota ({format_size(mount.quota_bytes)}) must hold at least one block of "
+                f"{format_size(self._geometry.block_size_bytes)}"
+            )
         opened = self._open(mount, "added")
         opened.check_usable()
         try:
@@ -187,6 +193,8 @@ def mount_to_json(mount: MountConfig) -> dict[str, Any]:
         "freshness_s": "immutable" if math.isinf(mount.freshness_s) else mount.freshness_s,
         "prefetch": mount.prefetch,
         "options": dict(mount.options),
+        "quota_bytes": mount.quota_bytes,
+        "ttl_s": mount.ttl_s,
     }
 
 
@@ -204,6 +212,8 @@ def mount_from_json(body: Mapping[str, Any]) -> MountConfig:
             freshness_s=math.inf if freshness in ("immutable", None) else float(freshness),
             prefetch=str(body.get("prefetch", "readahead")),
             options={str(name): str(value) for name, value in dict(body.get("options", {})).items()},
+            quota_bytes=None if body.get("quota_bytes") is None else int(body["quota_bytes"]),
+            ttl_s=None if body.get("ttl_s") is None else float(body["ttl_s"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, OrchestraError):

@@ -45,7 +45,10 @@ class PublishedNamespace:
 def fingerprint(mounts: Iterable[MountConfig]) -> str:
     """Return a hash of the mounts as configured (with `${VAR}` unexpanded), to see whether a configuration changed."""
     rows = [
-        [mount.path, list(mount.uris), mount.readonly, mount.freshness_s, mount.prefetch, sorted(mount.options.items())]
+        [
+            *(mount.path, list(mount.uris), mount.readonly, mount.freshness_s, mount.prefetch),
+            *(sorted(mount.options.items()), mount.quota_bytes, mount.ttl_s),
+        ]
         for mount in mounts
     ]
     return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()

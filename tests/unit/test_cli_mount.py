@@ -25,6 +25,8 @@ class RecordingClient:
                 "freshness_s": "immutable",
                 "prefetch": "dataset",
                 "options": {"region": "eu", "secret": "canary-7f3", "token": "${TOKEN}"},
+                "quota_bytes": 1 << 30,
+                "ttl_s": None,
                 "source": "added",
             }
         ]
@@ -58,6 +60,8 @@ def test_add_sends_the_whole_mount(client: RecordingClient) -> None:
         "freshness_s": 300,
         "prefetch": "readahead",
         "options": {"endpoint_url": "http://h:1/?a=b", "secret": "${S}"},
+        "quota_bytes": None,
+        "ttl_s": None,
     }
     assert client.requests == [("POST", "/v1/mounts", body)]
 
@@ -89,7 +93,7 @@ def test_a_bad_value_is_refused_before_the_daemon_is_asked(
 
 def test_update_keeps_what_is_not_given(client: RecordingClient) -> None:
     """Only the fields given change; options are merged and can be dropped."""
-    arguments = ["--freshness", "60s", "--option", "region=us", "--remove-option", "token"]
+    arguments = ["--freshness", "60s", "--option", "region=us", "--remove-option", "token", "--ttl", "7d"]
     assert main(["mount", "update", "/x/", *arguments]) == 0
     body = {
         "path": "/x",
@@ -98,6 +102,8 @@ def test_update_keeps_what_is_not_given(client: RecordingClient) -> None:
         "freshness_s": 60,
         "prefetch": "dataset",
         "options": {"region": "us", "secret": "canary-7f3"},
+        "quota_bytes": 1 << 30,
+        "ttl_s": 7 * 86400,
     }
     assert client.requests == [("PUT", "/v1/mounts", body)]
 

@@ -5,10 +5,11 @@ Leaves to others: making plans (prefetch), extents that no plan names (the fallb
 
 How a plan runner calls it, through the block store (which holds the lock):
 
-    blocks.expect("rank0", 812, names)                       # these extents are read at position 812; bit by bit ...
-    blocks.follow_plan("rank0", NextUses(names, first=0))    # ... or all at once, which replaces what was expected
-    blocks.advance_plan("rank0", 812)                        # the reads at positions below 812 are done
-    blocks.forget_plan("rank0")                              # it ended or was given up
+    blocks.expect("rank0", 812, names)   # these extents (`BlockStore.names_of`) are read at position 812
+    blocks.advance_plan("rank0", 812)    # the reads at positions below 812 are done
+    blocks.forget_plan("rank0")          # it ended or was given up
+
+A whole order at once is a `NextUses`, which `PlanPolicy.follow` takes.
 """
 
 from __future__ import annotations
