@@ -53,6 +53,7 @@ COMMANDS = MappingProxyType(
             "Keep what is cached below PATH, now and later; without PATH, list what is pinned.",
         ),
         "rm": ("orchestra.cli.files:rm", "Remove files (refused: this version only reads)."),
+        "stalls": ("orchestra.cli.stalls:stalls", "Show what readers of this node waited for."),
         "stat": ("orchestra.cli.files:stat", "Show what is known about a path, and how much of it is cached."),
         "unpin": ("orchestra.cli.cache:unpin", "Let what is cached below PATH leave again when room is needed."),
     }

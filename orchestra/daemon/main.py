@@ -182,7 +182,7 @@ async def _watch_accesses(node: Node, activity: Activity) -> None:
         is_choosing = node.blocks.turnover_count != turnover_count
         turnover_count = node.blocks.turnover_count
         await asyncio.sleep(_NOTES_INTERVAL_FAST_S if node.prefetch.is_following or is_choosing else _NOTES_INTERVAL_S)
-        if node.jobs.is_busy or node.dataset.is_busy:
+        if node.jobs.is_busy or node.dataset.is_busy or node.plans.is_busy:
             activity.note()
         try:
             notes = node.accesses.collect()

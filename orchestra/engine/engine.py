@@ -100,6 +100,9 @@ class Engine:
         self._writers = writers
         # The one task that brings a block, by (digest, block index).
         self._flights: dict[tuple[str, int], asyncio.Task[bool]] = {}
+        # Since when a reader waits for a flight; the others nobody waits for.
+        self._wanted_ns: dict[asyncio.Task[bool], int] = {}
+        self.stalls = fetcher.stalls
         self._listeners: list[Callable[[Access], None]] = []
         self.statistics = EngineStatistics()
 
@@ -249,8 +252,10 @@ class Engine:
         start = wanted.byte_range.start
         while start < wanted.byte_range.stop:
             piece = ByteRange(start, min(start - start % part + part, wanted.byte_range.stop))
+            marks = [self.stalls.now_ns()]
             try:
-                async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND) as data:
+                async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND, marks) as data:
+                    self.stalls.add_flight(marks[0], [*marks, marks[-1]])
                     self.statistics.uncached_bytes += len(data)
                     yield data
             except StaleObjectError:
@@ -306,25 +311,35 @@ class Engine:
                     self._fetcher.hasten(flight, priority)
                 flights.add(flight)
         for part in plan_parts(absent, block_size_bytes=self._geometry.block_size_bytes):
-            task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority))
+            marks: list[int] = []
+            task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority, marks))
             for block in part:
                 self._flights[(digest, block)] = task
-            task.add_done_callback(lambda done, part=part: self._land(digest, part, done))  # type: ignore[misc]
+            task.add_done_callback(partial(self._land, digest, part, marks))
             flights.add(task)
+        if priority is Priority.DEMAND:
+            now_ns = self.stalls.now_ns()
+            for flight in flights:
+                self._wanted_ns.setdefault(flight, now_ns)
         return flights
 
-    def _land(self, digest: str, part: range, task: asyncio.Task[bool]) -> None:
+    def _land(self, digest: str, part: range, marks: list[int], task: asyncio.Task[bool]) -> None:
         for block in part:
             self._flights.pop((digest, block), None)
+        wanted_ns = self._wanted_ns.pop(task, None)
+        if wanted_ns is not None and len(marks) == 3:  # begun, granted, received: else it was stopped before
+            marks.append(self.stalls.now_ns())
+            self.stalls.add_flight(wanted_ns, marks)
         if not task.cancelled():
             task.exception()  # whoever waited has it; a read-ahead that nobody waits for may fail in silence
 
-    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority) -> bool:
+    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: list[int]) -> bool:
+        marks.append(self.stalls.now_ns())
         size = wanted.info.size_bytes
         first = self._geometry.block_range(size, part.start)
         last = self._geometry.block_range(size, part.stop - 1)
         span = ByteRange(first.start, last.stop)
-        async with self._fetcher.part(wanted.mount.store, wanted.info, span, priority) as data:
+        async with self._fetcher.part(wanted.mount.store, wanted.info, span, priority, marks) as data:
             view = memoryview(data)
             for block in part:
                 block_range = self._geometry.block_range(size, block)

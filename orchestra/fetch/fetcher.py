@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
+from orchestra.observe.stalls import StallTable
 from orchestra.stores.contract import Buffer, UnderStore
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
@@ -21,6 +22,7 @@ class FetchStatistics:
     requests: int = 0
     bytes_fetched: int = 0
     failures: int = 0
+    busy_ns: int = 0  # with at least one request in flight
 
 
 assert PATIENT_URGENCY == Priority.PLAN, "the store's window and the budget keep room for the same readers"
@@ -32,22 +34,31 @@ class Fetcher:
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
         self.statistics = FetchStatistics()
+        self.stalls = StallTable()
+        self._asking = 0
+        self._asking_since_ns = 0
 
     def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
         """Have the part that `task` is about to fetch come as early as that priority says."""
         self._budget.hasten(task, priority)
         hasten(task, priority)
 
-    def part(self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority) -> _Part:
+    def part(
+        self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
+    ) -> _Part:
         """Give exactly the bytes of `byte_range` to an `async with`; they count against the budget until it is left.
 
-        Raises what the store raises: StaleObjectError, AccessDeniedError, StoreError.
+        `marks` gets when the budget let it go and when the bytes were here (see StallTable). Raises what the store
+        raises: StaleObjectError, AccessDeniedError, StoreError.
         """
-        return _Part(self, store, info, byte_range, priority)
+        return _Part(self, store, info, byte_range, priority, marks)
 
-    async def read(self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority) -> Buffer:
+    async def read(
+        self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
+    ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
         await self._budget.acquire(byte_range.length, priority)
+        marks.append(self._begin_asking())
         self.statistics.requests += 1
         URGENCY.set(priority)
         try:
@@ -60,8 +71,24 @@ class Fetcher:
             self.statistics.failures += 1
             self.release(byte_range.length)
             raise
+        finally:
+            marks.append(self._end_asking())
         self.statistics.bytes_fetched += byte_range.length
         return data
+
+    def _begin_asking(self) -> int:
+        now_ns = self.stalls.now_ns()
+        if not self._asking:
+            self._asking_since_ns = now_ns
+        self._asking += 1
+        return now_ns
+
+    def _end_asking(self) -> int:
+        now_ns = self.stalls.now_ns()
+        self._asking -= 1
+        if not self._asking:
+            self.statistics.busy_ns += now_ns - self._asking_since_ns
+        return now_ns
 
     def release(self, size_bytes: int) -> None:
         """Give back what `read` took of the budget."""

@@ -33,16 +33,24 @@ def add_routes(app: web.Application) -> None:
 async def stat(request: web.Request) -> web.Response:
     """POST {path, refresh?} -> {kind, size_bytes, mtime_ns, version}; the record is published for all readers."""
     body = await body_of(request)
-    entry = await request.app[NODE].engine.stat(typed(body, "path", str), refresh=typed(body, "refresh", bool, False))
+    engine = request.app[NODE].engine
+    began_ns = engine.stalls.now_ns()
+    try:
+        entry = await engine.stat(typed(body, "path", str), refresh=typed(body, "refresh", bool, False))
+    finally:
+        engine.stalls.add_metadata(began_ns)
     return answer(_entry_json(entry))
 
 
 async def list_directory(request: web.Request) -> web.Response:
     """POST {path, refresh?} -> {count}; the listing itself is published, not sent."""
     body = await body_of(request)
-    record = await request.app[NODE].engine.list_directory(
-        typed(body, "path", str), refresh=typed(body, "refresh", bool, False)
-    )
+    engine = request.app[NODE].engine
+    began_ns = engine.stalls.now_ns()
+    try:
+        record = await engine.list_directory(typed(body, "path", str), refresh=typed(body, "refresh", bool, False))
+    finally:
+        engine.stalls.add_metadata(began_ns)
     return answer({"count": len(record) if record is not None else 0})
 
 
