@@ -1,1 +1,1 @@
-"""See DESIGN section 8; each module says what it owns."""
+"""Which nodes there are and which of them own what; see docs/cluster.md. Each module says what it owns."""
