@@ -298,12 +298,21 @@ def _row_of(known: registry.KnownMount) -> dict[str, object]:
     if record is None:
         # Only a mount without a known process is asked, since a living one that hangs would hang us too.
         state = "dead" if mount.is_dead(known.folder) else "served by another user's process"
-        return {"folder": known.folder, "state": state, "path": None, "mode": None, "pid": None, "log": None}
+        return {
+            "folder": known.folder,
+            "state": state,
+            "path": None,
+            "mode": None,
+            "pid": None,
+            "workers": None,
+            "log": None,
+        }
     return {
         "folder": known.folder,
         "state": "served",
         "path": record.path,
         "mode": record.mode,
         "pid": record.pid,
+        "workers": record.workers,
         "log": record.log,
     }

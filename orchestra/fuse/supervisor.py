@@ -119,9 +119,10 @@ class Supervisor:
         """Take over from the program that this process ran before, and exchange its workers."""
         self._children = [Child.of(state) for state in self._plan.running]
         self._is_ready = self._is_announced = True
-        for child in list(self._children):
-            if child.slot is None:
-                child.kill()
+        for child in [child for child in self._children if child.slot is None]:
+            child.kill()  # has the old program
+            child.reap()
+            self._children.remove(child)
         self._outdated = {child for child in self._children if child.slot is not None}
         self._plan = replace(self._plan, running=())
         self._start_one()

@@ -86,6 +86,15 @@ class Supervised:
             int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         ]
 
+    def wait_child_count(self, count: int) -> None:
+        """Wait until the supervisor has so many processes; it says nothing of them, so this looks again and again."""
+        poll = select.poll()
+        for _ in range(600):
+            if len(self.children()) == count:
+                return
+            poll.poll(100)
+        raise AssertionError(f"expected {count} children, found {self.children()}")
+
     @contextmanager
     def closed_gate(self) -> Iterator[None]:
         """Hold every slow call in it."""

@@ -169,6 +169,9 @@ def test_a_dead_mount_is_cleared_and_said(site: Site) -> None:
         (["mount", "/data/d/file", "a target"], 1, "it is a file"),
         (["mount", "relative", "a target"], 1, "must begin with a slash"),
         (["mount", "ftp://x/y", "a target"], 1, "ftp"),
+        (["mount", "--option", "a=b", "/data", "a target"], 2, "go with a URI"),
+        (["mount", "--workers", "0", "a target"], 2, "1<=x<=16"),
+        (["upgrade", "a target"], 1, "no supervisor of a mount on"),
         (["mount", ".."], 1, "lies inside the mount point"),
         (["mount", "--mode", "fast", "a target"], 2, "'auto', 'passthrough', 'pagecache'"),
         (["mount", "--umask", "9", "a target"], 2, "three octal digits"),
@@ -201,3 +204,59 @@ def test_a_mount_outlives_its_daemon(site: Site) -> None:
     assert (site.target / "data" / "d" / "file").read_bytes() == b"z" * 300_000
     assert (site.target / "data" / "d" / "second").read_bytes() == b"second"
     assert site.run("fuse", "umount", site.target).returncode == 0
+
+
+def test_a_store_is_mounted_by_its_address_alone(site: Site) -> None:
+    """No [[mount]] of it, no configuration: the address becomes a path of the namespace, the same one next time."""
+    (site.root / "other" / "sub").mkdir(parents=True)
+    (site.root / "other" / "sub" / "x").write_bytes(b"by address")
+    for _ in range(2):
+        done = site.run("fuse", "mount", "--freshness", "immutable", f"file://{site.root}/other", site.target)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (site.target / "sub" / "x").read_bytes() == b"by address"
+        known = site.known()
+        assert known is not None
+        assert known["path"] == f"/file{site.root}/other"
+        assert site.run("fuse", "umount", site.target).returncode == 0
+    mounts = json.loads(site.run("mount", "ls", "--json").stdout)
+    assert [mount["path"] for mount in mounts if mount["path"] != "/data"] == [f"/file{site.root}/other"]
+    # Told otherwise it is another mount, beside the first.
+    done = site.run("fuse", "mount", "--freshness", "5s", f"file://{site.root}/other", site.target)
+    assert done.returncode == 0
+    known = site.known()
+    assert known is not None
+    assert str(known["path"]).startswith(f"/file{site.root}/other~")
+
+
+def test_an_attached_store_is_used_where_it_is(site: Site) -> None:
+    """The address of a [[mount]] leads to that mount and what is cached of it."""
+    assert site.run("fuse", "mount", f"file://{site.store}", site.target).returncode == 0
+    known = site.known()
+    assert known is not None
+    assert known["path"] == "/data"
+
+
+def test_upgrade_exchanges_the_workers_under_an_open_file(site: Site) -> None:
+    """The file that is open goes on; the mount has the same supervisor and other workers."""
+    assert site.run("fuse", "mount", site.target).returncode == 0
+    known = site.known()
+    assert known is not None
+    with open(site.target / "data" / "d" / "file", "rb", buffering=0) as file:  # noqa: PTH123 - stays open
+        assert file.read(10) == b"z" * 10
+        done = site.run("fuse", "upgrade", site.target)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"upgraded {site.target}\n", "")
+        assert file.read() == b"z" * 299_990
+    after = site.known()
+    assert after is not None
+    assert after["pid"] == known["pid"]
+    assert after["workers"] != known["workers"]
+
+
+def test_a_unit_for_systemd_is_printed_and_nothing_is_mounted(site: Site) -> None:
+    """Its command serves in the foreground with what was asked for; what is special is quoted."""
+    done = site.run("fuse", "mount", "--systemd", "--allow-other", "--workers", "2", "s3://bucket/a b", site.target)
+    assert (done.returncode, done.stderr) == (0, "")
+    command = next(line for line in done.stdout.splitlines() if line.startswith("ExecStart="))
+    assert "fuse mount --foreground --mode auto --workers 2 --allow-other" in command
+    assert command.endswith(f'"s3://bucket/a b" "{site.target}"')
+    assert mount_at(str(site.target)) is None

@@ -201,6 +201,7 @@ def test_an_upgrade_exchanges_every_process_under_a_reader(make: Mount, workers:
         mounted.wait_held()
         with registry.opened_pids(mounted.workers) as pidfds:
             assert len(pidfds) == workers
+            mounted.wait_child_count(workers + 2)  # the watcher, and who stands by with the old program
             mounted.process.send_signal(signal.SIGHUP)
             assert registry.wait_all_ended(pidfds, 60)
         mounted.wait_held()
