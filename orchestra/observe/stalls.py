@@ -1,7 +1,7 @@
 """What readers waited for: counted where it happens, divided by cause, and one sentence of advice.
 
 Owns: the causes, sums of waiting since the start and by the minute, how a training step's wait is divided, the advice;
-all of it pure but for the table, which adds numbers. Leaves to others: measuring (engine, fetch, api, torch/watch) and
+all of it pure but for the table, which adds numbers. Leaves to others: measuring (engine, fetch, api, torch/watching) and
 showing (cli/stalls).
 
 What counts as waiting: a flight that some reader asked for, from then on until it landed. Queue: until the budget of
@@ -152,13 +152,13 @@ def _waits(sums_ns: Sequence[int]) -> Waits:
     return Waits(*(value / 1e9 for value in sums_ns))
 
 
-def split_wait(waited_s: float, missed: Waits, readers: int) -> Waits:
-    """Divide the time that a training step waited: `missed` is what the node's readers waited for meanwhile, added up
-    over all `readers` (the loader's workers). The part of their time that was no miss was their own work: decoding, and
+def split_wait(waited_s: float, missed: Waits, readers_s: float) -> Waits:
+    """Divide the time that a training step waited: of `readers_s` seconds of the loader's workers (their number times
+    how long it was since the last look) they waited for `missed`. What was no miss was their own work: decoding, and
     reading what is here."""
     if waited_s <= 0:
         return Waits()
-    share = min(1.0, missed.total_s / (waited_s * max(1, readers)))
+    share = min(1.0, missed.total_s / max(readers_s, waited_s))
     causes = missed.scaled(waited_s * share / missed.total_s) if missed.total_s > 0 else Waits()
     return dataclasses.replace(causes, decode_s=causes.decode_s + waited_s * (1 - share))
 

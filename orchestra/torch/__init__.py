@@ -17,7 +17,7 @@ _MODULES = {
     "PlannedSampler": "planned",
     "TensorBatches": "batches",
     "prefetch_to_device": "device",
-    "watch": "watch",
+    "watch": "watching",
 }
 
 
