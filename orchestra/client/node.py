@@ -222,6 +222,16 @@ class NodeClient:
         finally:
             local.close()
 
+    def store_of(self, path: str) -> str:
+        """Return the store that `path` lies in, "" above all mounts. Sends nothing."""
+        location = self._locate(normalize_path(path))
+        return "" if location is None else location.mount.store_id
+
+    def usage(self) -> tuple[int, int]:
+        """Return (bytes that the cache holds, bytes it may hold) as the daemon says; starts none."""
+        status = self.daemon_request("GET", "/v1/status", start=False)
+        return status["used_bytes"], status["capacity_bytes"]
+
     @property
     def geometry(self) -> Geometry:
         """How objects are cut."""

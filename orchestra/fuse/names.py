@@ -1,4 +1,4 @@
-"""LOOKUP, GETATTR and extended attributes: what a name is.
+"""LOOKUP and GETATTR: what a name is.
 
 Owns: turning the client's entries into the kernel's attributes and timeouts. Leaves to others: the client decides what
 is fresh; the channel answers; the table counts.
@@ -18,23 +18,19 @@ from orchestra.fuse.options import NAME_BYTES_MAX, MountOptions
 from orchestra.fuse.protocol import (
     BODY,
     EXPIRE_ONLY,
-    GETXATTR_IN,
     ROOT_NODEID,
     S_IFDIR,
     S_IFREG,
     Attr,
     Timeout,
     attr_reply,
-    data_reply,
     entry_reply,
     expire_entry_message,
     negative_entry_reply,
     timeout_of,
-    xattr_size_reply,
 )
 from orchestra.values import Entry
 
-VERSION_XATTR = b"user.orchestra.version"
 _BLOCK_SIZE_BYTES = 4096
 # A file's attributes belong to one version and cannot change (see inodes); only the way to them, the name, expires.
 FOREVER = timeout_of(float("inf"))
@@ -77,7 +73,7 @@ class Attributes:
 
 
 class Names:
-    """Answers LOOKUP, GETATTR, GETXATTR and LISTXATTR."""
+    """Answers LOOKUP and GETATTR."""
 
     def __init__(
         self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: memoryview
@@ -175,33 +171,6 @@ class Names:
 
     def _attr_message(self, unique: int, entry: Entry) -> bytes:
         return attr_reply(unique, self._attributes.attr_timeout(entry), self._attributes.attr(entry))
-
-    # -- extended attributes --------------------------------------------------------------------------------------
-
-    def getxattr(self, unique: int, nodeid: int, end: int) -> None:
-        """GETXATTR: `user.orchestra.version` of a file; ENODATA for the rest."""
-        size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
-        name = bytes(self._incoming[BODY + GETXATTR_IN.size : end - 1])
-        inode = self._table.get(nodeid) or self._table.load(nodeid)
-        if inode is None or name != VERSION_XATTR or not inode.entry.version:
-            self._channel.send_error(unique, errno.ENODATA)
-            return
-        self._send_xattr(unique, size, inode.entry.version.encode("utf-8", "surrogateescape"))
-
-    def listxattr(self, unique: int, nodeid: int, end: int) -> None:
-        """LISTXATTR."""
-        size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
-        inode = self._table.get(nodeid) or self._table.load(nodeid)
-        has_version = inode is not None and inode.entry.version
-        self._send_xattr(unique, size, VERSION_XATTR + b"\0" if has_version else b"")
-
-    def _send_xattr(self, unique: int, size: int, value: bytes) -> None:
-        if size == 0:
-            self._channel.send(xattr_size_reply(unique, len(value)))
-        elif size < len(value):
-            self._channel.send_error(unique, errno.ERANGE)
-        else:
-            self._channel.send(data_reply(unique, value))
 
 
 def root_entry(client: Client, path: str) -> Entry:

@@ -239,14 +239,16 @@ def open_reply(unique: int, fh: int, flags: int, backing_id: int = 0) -> bytes:
     return OPEN_REPLY.pack(OPEN_REPLY.size, 0, unique, fh, flags, backing_id)
 
 
-def statfs_reply(unique: int, *, blocks: int, files: int, block_size_bytes: int, name_bytes_max: int) -> bytes:
-    """Return the answer to STATFS of a file system that is full (nothing can be written to a read-only one)."""
+def statfs_reply(
+    unique: int, *, blocks: int, blocks_free: int, files: int, block_size_bytes: int, name_bytes_max: int
+) -> bytes:
+    """Return the answer to STATFS of a file system that nobody may write to: nothing is available."""
     return STATFS_REPLY.pack(
         STATFS_REPLY.size,
         0,
         unique,
         blocks,
-        0,
+        blocks_free,
         0,
         files,
         0,

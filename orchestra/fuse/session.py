@@ -20,13 +20,13 @@ from orchestra.errors import MountError
 from orchestra.fuse import protocol
 from orchestra.fuse.channel import Channel
 from orchestra.fuse.counters import Counters
+from orchestra.fuse.details import Details
 from orchestra.fuse.directories import Directories
 from orchestra.fuse.files import Files
 from orchestra.fuse.inodes import Inode, InodeTable
 from orchestra.fuse.names import Attributes, Names
 from orchestra.fuse.options import (
     BACKGROUND_MAX,
-    NAME_BYTES_MAX,
     PAGES_MAX,
     READ_BYTES_MAX,
     WRITE_BYTES_MAX,
@@ -68,9 +68,6 @@ _WANTED = (
 )
 # One stacked file system: the backing files lie on a plain one. 2 would forbid an overlay on top of the mount.
 _STACK_DEPTH = 1
-# What `df` shows: 1 PiB in 4 KiB blocks, nothing free, as nothing can be written. The store's own size is unknown.
-_STATFS_BLOCKS = (1 << 50) // 4096
-_STATFS_FILES = 1 << 32
 # The device has no more requests: unmounted, aborted, or our descriptor was closed.
 _ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED, errno.EBADF})
 
@@ -97,6 +94,7 @@ class Session:
         self._names = Names(client, self.table, self.channel, attributes, self._incoming)
         self._directories = Directories(client, self.table, self.channel, attributes, self._incoming)
         self._files = Files(client, self.table, self.channel, options, self._incoming, self._names.suspect)
+        self.details = Details(client, self.table, self.channel, self._incoming)
         self._handlers = self._table_of_handlers()
         self.other_devices: tuple[int, ...] = ()  # where the requests of other workers are answered
 
@@ -109,6 +107,7 @@ class Session:
             items = self._forgets_in(opcode, nodeid, length)
             self.table.forget_asked(unique, items, self.table.forgets_done(unique))
         self.channel.send(protocol.resend_message())
+        self.channel.run_aside(self.details.renew)
 
     def run(self) -> None:
         """Answer requests until the mount is gone; returns then. Raises what a signal handler raises."""
@@ -165,15 +164,15 @@ class Session:
         table[Opcode.BATCH_FORGET] = self._batch_forget
         table[Opcode.INTERRUPT] = self._interrupt
         table[Opcode.NOTIFY_REPLY] = self._ignore
-        table[Opcode.STATFS] = self._statfs
+        table[Opcode.STATFS] = self.details.statfs
         table[Opcode.ACCESS] = self._access
         table[Opcode.READLINK] = self._with(errno.EINVAL)
         # Python's open() asks every file whether it is a terminal, and the kernel asks us, whatever we answered before.
         table[Opcode.IOCTL] = self._with(errno.ENOTTY)
         table[Opcode.LOOKUP] = self._names.lookup
         table[Opcode.GETATTR] = self._names.getattr
-        table[Opcode.GETXATTR] = self._names.getxattr
-        table[Opcode.LISTXATTR] = self._names.listxattr
+        table[Opcode.GETXATTR] = self.details.getxattr
+        table[Opcode.LISTXATTR] = self.details.listxattr
         table[Opcode.OPEN] = self._files.open
         table[Opcode.READ] = self._files.read
         table[Opcode.RELEASE] = self._files.release
@@ -266,12 +265,6 @@ class Session:
             # Whichever worker has it; a device that does not knows no such request, and says so to nobody.
             for device_fd in self.other_devices:
                 self.channel.interrupt_at(device_fd, target)
-
-    def _statfs(self, unique: int, nodeid: int, end: int) -> None:
-        message = protocol.statfs_reply(
-            unique, blocks=_STATFS_BLOCKS, files=_STATFS_FILES, block_size_bytes=4096, name_bytes_max=NAME_BYTES_MAX
-        )
-        self.channel.send(message)
 
     def _access(self, unique: int, nodeid: int, end: int) -> None:
         (mask,) = protocol.ACCESS_IN.unpack_from(self._incoming, BODY)

@@ -90,6 +90,7 @@ def _announce(session: Session, target: str, pipe: ReadyPipe) -> None:
         refusal = session.refusal or MountError(f"the mount on {target} did not come up: {error.strerror}")
         pipe.fail(refusal.message)
         return
+    session.details.renew()
     pipe.ready()
 
 

@@ -260,3 +260,20 @@ def test_a_unit_for_systemd_is_printed_and_nothing_is_mounted(site: Site) -> Non
     assert "fuse mount --foreground --mode auto --workers 2 --allow-other" in command
     assert command.endswith(f'"s3://bucket/a b" "{site.target}"')
     assert mount_at(str(site.target)) is None
+
+
+def test_a_file_says_its_version_store_and_how_much_is_here_and_df_shows_the_cache(site: Site) -> None:
+    """Extended attributes user.orchestra.*: from nothing cached to all; `df` has the cache's size, and no room."""
+    assert site.run("fuse", "mount", "/data", site.target).returncode == 0
+    file = site.target / "d" / "file"
+    names = [f"user.orchestra.{name}" for name in ("version", "cached", "location", "store")]
+    assert os.listxattr(file) == names
+    assert os.getxattr(file, names[1]) == b"0/300000"
+    assert os.getxattr(file, names[2]) == b"the store only"
+    assert os.getxattr(file, names[3]).decode() == f"file://{site.store}/"
+    file.read_bytes()
+    assert os.getxattr(file, names[1]) == b"300000/300000"
+    assert os.getxattr(file, names[2]).decode() == os.uname().nodename
+    assert os.listxattr(site.target / "d") == []
+    found = os.statvfs(site.target)
+    assert (found.f_blocks * found.f_frsize, found.f_bavail) == (1 << 30, 0)
