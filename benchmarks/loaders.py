@@ -247,12 +247,12 @@ def files_part(options: argparse.Namespace, state: str) -> None:
         ExitStack() as stack,
     ):
         floor = NativeLoader(folder, origin.url, folder / "native")
-        ours = [
+        ours: list[Any] = [
             OrchestraLoader(folder, origin.url),
             MountLoader(folder, origin.url),
             MountFileDataset(folder, origin.url),
         ]
-        remote = [S3fsLoader(folder, origin.url), ConnectorLoader(folder, origin.url)]
+        remote: list[Any] = [S3fsLoader(folder, origin.url), ConnectorLoader(folder, origin.url)]
         converted: list[Any] = [kind(folder, origin.url) for kind in (WebDatasetLoader, MosaicLoader, LitDataLoader)]
         missing = [one.name for one in (*remote, *converted) if not installed(one.module)]
         remote, converted = ([one for one in group if installed(one.module)] for group in (remote, converted))
