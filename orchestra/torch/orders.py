@@ -42,8 +42,8 @@ class Orders(Protocol):
         """The next pass is that epoch."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What `load` needs to draw the running epoch's order again, and go on as this one would."""
+    def state(self, *, is_inside: bool) -> dict[str, Any]:
+        """What `load` needs to go on as this one would, and, inside of an epoch, to draw its order again."""
         ...
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class SeededOrder:
         if self._inner is not None:
             self._inner.set_epoch(epoch)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, is_inside: bool) -> dict[str, Any]:
         """See Orders."""
         return {"kind": "seeded", "seed": self._seed}
 
@@ -145,10 +145,11 @@ class GivenOrder:
         if callable(follow):
             follow(epoch)
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, is_inside: bool) -> dict[str, Any]:
         """See Orders: the order itself, since not every sampler can draw one again."""
         generator = getattr(self._sampler, "generator", None)
-        state = {"kind": "given", "order": torch.tensor(self._current, dtype=torch.int64).to(torch.int32)}
+        order = self._current if is_inside else array(_INDEX_TYPE)
+        state = {"kind": "given", "order": torch.tensor(order, dtype=torch.int64).to(torch.int32)}
         if isinstance(generator, torch.Generator):
             state["generator"] = generator.get_state()
         return state

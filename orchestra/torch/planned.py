@@ -144,14 +144,14 @@ class PlannedSampler(Sampler[int]):
             if consumed is None:
                 consumed = running.drawn if running.delivered is None else running.delivered
             epoch, total = running.epoch, running.started + consumed * self._world_size
-            if consumed >= running.length:
-                total = self._orders.length
+            if consumed >= running.length or total >= self._orders.length:
+                epoch, total = epoch + 1, 0
         return {
             "format": _STATE_FORMAT,
             "epoch": epoch,
-            "consumed": min(total, self._orders.length),
+            "consumed": total,
             "samples": len(self._paths),
-            **self._orders.state(),
+            **self._orders.state(is_inside=total > 0),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,12 +163,9 @@ class PlannedSampler(Sampler[int]):
             raise UsageError("this is not the state of a PlannedSampler")
         if state["samples"] != len(self._paths):
             raise UsageError(f"the state is of {state['samples']} samples, this sampler has {len(self._paths)}")
-        epoch, consumed = int(state["epoch"]), int(state["consumed"])
         self._orders.load(state)
-        if consumed >= self._orders.length:  # saved at the very end of an epoch
-            epoch, consumed = epoch + 1, 0
-        self._next = (epoch, consumed)
-        self._orders.set_epoch(epoch)
+        self._next = (int(state["epoch"]), int(state["consumed"]))
+        self._orders.set_epoch(self._next[0])
 
     def note_delivered(self, count: int) -> None:
         """The training took `count` samples more; `orchestra.torch.watch` calls this."""
