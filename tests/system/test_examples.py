@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -79,6 +82,28 @@ def test_every_example_explains_itself() -> None:
     for path in paths:
         assert f"usage: {Path(path).name} " in printed
         assert f"ended 0 {path}\n" in printed
+
+
+def test_the_tour_was_run_and_is_small() -> None:
+    """Every cell of code compiles and has been executed in order; what it shows takes less than 100 kB."""
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells, 1):
+        assert cell["execution_count"] == number
+        compile("".join(cell["source"]), f"cell {number}", "exec")
+    assert len(json.dumps(notebook)) < 100_000
+
+
+@needs("nbclient")
+@needs("matplotlib")
+def test_the_tour_runs() -> None:
+    """From the origin's start to the plot; warm and planned are faster than cold."""
+    nbformat, nbclient = importlib.import_module("nbformat"), importlib.import_module("nbclient")
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=90, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    (said,) = [output for cell in notebook.cells for output in cell.get("outputs", []) if "cold" in str(output)]
+    seconds = ast.literal_eval(said["data"]["text/plain"])
+    assert max(seconds["warm"], seconds["cold, planned"]) < seconds["cold"]
 
 
 def test_two_ranks_train_on_their_shares(node: FolderNode) -> None:
