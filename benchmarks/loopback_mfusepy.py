@@ -12,7 +12,7 @@ from typing import Any
 import mfusepy
 
 
-class Loopback(mfusepy.Operations):
+class Loopback(mfusepy.Operations):  # type: ignore[misc]
     """Passes reads on to the folder."""
 
     use_ns = True
