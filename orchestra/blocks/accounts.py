@@ -152,6 +152,10 @@ class Accounts:
         held = self._held.get(name)
         return held.size_bytes if held is not None else 0
 
+    def used_s(self, name: str) -> int:
+        """When that name, which is held, was used last, in seconds since boot."""
+        return self._held[name].used_s
+
     def is_pinned(self, name: str) -> bool:
         """Whether that name is held and may not leave."""
         held = self._held.get(name)

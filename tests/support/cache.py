@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from orchestra.blocks.accounts import Accounts, SpaceLimit
@@ -16,8 +17,10 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import BlockIndex
 from orchestra.blocks.layout import empty_tmp, prepare
 from orchestra.blocks.reader import LocalObject
+from orchestra.blocks.rules import Origin
 from orchestra.blocks.scan import find_files
 from orchestra.blocks.store import BlockStore
+from orchestra.clock import Clock
 from orchestra.units import GIB
 from orchestra.values import ObjectId
 
@@ -57,14 +60,17 @@ class Cache:
         statvfs: Callable[[], os.statvfs_result] | None = None,
         disk: Disk | None = None,
         boot_id: bytes = BOOT,
+        eviction: str = "lru",
+        clock: Clock | None = None,
     ) -> None:
         self.boot_id = boot_id
         self.layout, self.geometry = prepare(root, GEOMETRY)
         empty_tmp(self.layout)
-        self.index = BlockIndex(self.layout.index)
+        self.index = BlockIndex(self.layout.index, boot_id=boot_id)
         rows, self.was_clean = self.index.load()
         limit = SpaceLimit(capacity_bytes, free_space_ratio, statvfs or (lambda: os.statvfs(root)))
-        self.accounts = Accounts(make_policy("lru"), limit, self.index)
+        new_policy = partial(make_policy, eviction)
+        self.accounts = Accounts(new_policy(), limit, self.index, make_policy=new_policy, clock=clock)
         self.accounts.load(rows)
         self.store = BlockStore(self.layout, self.geometry, self.accounts, boot_id=boot_id, disk=disk)
         if not self.was_clean:
@@ -80,6 +86,13 @@ class Cache:
         """Write one block of an object."""
         span = self.geometry.block_range(len(data), block)
         self.store.write_block(digest_of(name), len(data), block, data[span.start : span.stop])
+
+    def offer(self, name: str, data: bytes, block: int, origin: Origin) -> bool:
+        """Write one block as the engine does: if it would be kept. Returns whether it was."""
+        if not self.store.admits(digest_of(name), len(data), block, origin):
+            return False
+        self.put_block(name, data, block)
+        return True
 
     def open(self, name: str, size_bytes: int, *, verify_always: bool = False) -> LocalObject:
         """A reader of an object."""
