@@ -1,0 +1,30 @@
+"""CPython's own tests of files, with their files on the mount: what they write goes to the store, what they read comes
+through the mount.
+
+Most of those tests write, read back and compare; that makes them proofs of reading here. What is not: a file that is
+open for writing and reading at once ("r+", "w+") lies in the store alone, and such a test counts only if it opened
+something on the mount as well. Not run: tests of permissions, links, ownership and times (test_os, test_posix,
+test_tempfile), which a read-only folder cannot pass, and files of gigabytes (test_largefile).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.suites.running import Site, judge, run_suite
+from tests.support.fuse_mounts import needs_fuse
+
+pytestmark = [pytest.mark.system, pytest.mark.suites, needs_fuse, pytest.mark.timeout(500)]
+
+# Module, and how many of its tests must have passed with a file of the mount open, at least.
+QUICK = [("test.test_fileio", 30), ("test.test_mmap", 7), ("test.test_file", 10)]
+# Interpreters that are ended in the middle of a write, and signals that hit a write: nothing is read.
+LEFT_OUT = "daemon_threads_shutdown|Signals"
+
+
+@pytest.mark.parametrize(("module", "proofs_min"), QUICK)
+def test_the_quick_ones(site: Site, library: Path, module: str, proofs_min: int) -> None:
+    """Each test of the module passes, or is known not to."""
+    judge(module, run_suite(site, library, "unittest", [module], left_out=LEFT_OUT), proofs_min=proofs_min)
