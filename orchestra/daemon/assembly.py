@@ -175,7 +175,6 @@ def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Cloc
         clock=clock,
         capacity_bytes=config.cache.size_bytes,
         requests_max=config.fetch.requests_max,
-        in_flight_bytes_max=config.fetch.in_flight_bytes_max,
     )
 
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from orchestra.blocks.accounts import CacheFullError
+from orchestra.blocks.accounts import CacheFullError, NotAdmittedError
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.rules import Origin
 from orchestra.blocks.store import BlockStore
@@ -357,6 +357,9 @@ class Engine:
             else:
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(self._writers, self._blocks.write_block, digest, size_bytes, block, data)
+        except NotAdmittedError as error:
+            log.info("not cached: %s", error)  # what is here became worth more while this was on its way
+            return False
         except CacheFullError as error:
             self.statistics.cache_write_errors += 1
             log.warning("not cached: %s", error)

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from orchestra.errors import UsageError
-from orchestra.units import MIB
 
 # Samples of one message: 4 MiB of 32-bit indexes.
 ORDER_PART_SAMPLES = 1 << 20
@@ -31,12 +30,10 @@ AHEAD_STEPS_MAX = 1 << 16
 # A cache that is full gives a plan this much of itself to be ahead with: what was fetched too early took the place of
 # something that would have been read again, so this share is what the hit ratio can lose.
 _AHEAD_CAPACITY_RATIO = 1 / 64
-# ... but so many seconds of reading, at the rate at which the reader goes, are worth more than that, up to an eighth: a
-# store that stalls for as long is not noticed.
-_AHEAD_S = 10.0
-_AHEAD_CAPACITY_RATIO_MAX = 1 / 8
-# And never less than this, or than what has to be in flight to use the link.
-_AHEAD_MIN_BYTES = 64 * MIB
+# ... but two seconds of reading, at the rate at which the reader goes, are worth more than that, up to a 16th: that is
+# 40 round trips of 50 ms, and what a reader that is bound by the store needs in flight is one.
+_AHEAD_S = 2.0
+_AHEAD_CAPACITY_RATIO_MAX = 1 / 16
 # Files looked at before any file's size is known.
 _BLIND_STEPS_MAX = 4
 # A new observation of the rate counts for this much.
@@ -213,17 +210,14 @@ def steps_to_look_at(standing: Standing, limits: PlanLimits) -> range:
     return range(standing.frontier, max(standing.frontier, min(stop, standing.frontier + max(0, count))))
 
 
-def ahead_limit_bytes(
-    *, room_bytes: int, ahead_bytes: int, capacity_bytes: int, in_flight_bytes_max: int, rate_bytes_per_s: float
-) -> int:
+def ahead_limit_bytes(*, room_bytes: int, ahead_bytes: int, capacity_bytes: int, rate_bytes_per_s: float) -> int:
     """Return how many bytes all plans of a node may be ahead of their readers.
 
-    `room_bytes` is what can be kept without evicting anything: that is free, and used first. Otherwise ten seconds of
-    reading, at least a 64th of the cache, at most an eighth; a tiny cache is not filled to more than a half.
+    `room_bytes` is what can be kept without evicting anything: that is free, and used first. Otherwise two seconds of
+    reading, at least a 64th of the cache, at most a 16th of it.
     """
-    floor = max(_AHEAD_MIN_BYTES, in_flight_bytes_max, int(capacity_bytes * _AHEAD_CAPACITY_RATIO))
-    wanted = max(floor, min(int(rate_bytes_per_s * _AHEAD_S), int(capacity_bytes * _AHEAD_CAPACITY_RATIO_MAX)))
-    return max(min(wanted, capacity_bytes // 2), ahead_bytes + room_bytes)
+    wanted = max(int(capacity_bytes * _AHEAD_CAPACITY_RATIO), int(rate_bytes_per_s * _AHEAD_S))
+    return max(min(wanted, int(capacity_bytes * _AHEAD_CAPACITY_RATIO_MAX)), ahead_bytes + room_bytes)
 
 
 def next_rate(rate: float, amount: float, seconds: float) -> float:

@@ -46,8 +46,6 @@ _TABLES_UNUSED_MAX = 2
 PLAN_IDLE_S = 1800.0
 # Rounds of looking in one turn of the loop; what is here already is passed over a hundred at a time, in 100 us.
 _ROUNDS_PER_TURN = 16
-# A file for which there was no room is tried again this much later, if its reader has not passed it by then.
-_RETRY_NS = 1_000_000_000
 
 
 @dataclass(slots=True)
@@ -84,8 +82,8 @@ class _Plan:
     drawn: deque[_Ahead] = field(default_factory=deque)  # the ones before it that may still be read
     size_mean_bytes: float = 0.0
     rate_steps_per_s: float = 0.0
-    no_room: list[_Ahead] = field(default_factory=list)  # to be tried again; nothing else is meanwhile
-    no_room_ns: int = 0
+    # What is here is all needed sooner than these: tried again as the reader goes on, and nothing else is meanwhile.
+    no_room: list[_Ahead] = field(default_factory=list)
     told: tuple[int, int] | None = None  # (epoch, offset) as the reader said last
     fetched: int = 0
     failed: int = 0
@@ -107,14 +105,12 @@ class PlanRunner:
         clock: Clock,
         capacity_bytes: int,
         requests_max: int,
-        in_flight_bytes_max: int,
     ) -> None:
         self._engine = engine
         self._blocks = blocks
         self._clock = clock
         self._capacity_bytes = capacity_bytes
         self._requests_max = requests_max
-        self._in_flight_bytes_max = in_flight_bytes_max
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self._tables: OrderedDict[str, _Table] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -307,11 +303,11 @@ class PlanRunner:
 
     def _ahead_max(self, plan: _Plan) -> int:
         all_ahead = sum(other.ahead_bytes for other in self._plans.values())
+        on_the_way = sum(other.in_flight * other.size_mean_bytes for other in self._plans.values())
         limit = ahead_limit_bytes(
-            room_bytes=self._blocks.room_bytes(),
+            room_bytes=self._blocks.room_bytes() - int(on_the_way),
             ahead_bytes=all_ahead,
             capacity_bytes=self._capacity_bytes,
-            in_flight_bytes_max=self._in_flight_bytes_max,
             rate_bytes_per_s=sum(one.rate_steps_per_s * one.size_mean_bytes for one in self._plans.values()),
         )
         return limit - (all_ahead - plan.ahead_bytes)
@@ -328,12 +324,13 @@ class PlanRunner:
         self._start(plan, entry)
 
     def _try_again(self, plan: _Plan) -> None:
-        """Some time after there was no room: the reader has gone on, and what it left may leave."""
-        if plan.no_room and plan.heard_ns - plan.no_room_ns >= _RETRY_NS:
-            entries, plan.no_room = plan.no_room, []
-            for entry in entries:
-                if entry.step >= plan.position - plan.behind:
-                    self._start(plan, entry)
+        """There was no room, but the reader has gone on, and what it left may leave. One file is tried; each that is
+        kept has the next one tried, so that a cache which keeps nothing new costs one try a message."""
+        plan.no_room = [entry for entry in plan.no_room if entry.step >= plan.position - plan.behind]
+        if plan.no_room:
+            first = min(plan.no_room, key=lambda entry: entry.step)
+            plan.no_room.remove(first)
+            self._start(plan, first)
 
     def _start(self, plan: _Plan, entry: _Ahead) -> None:
         plan.in_flight += 1
@@ -350,14 +347,15 @@ class PlanRunner:
             if found.kind is not EntryKind.FILE:
                 raise UsageError(f"not a file: {path}")
             wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
-            self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
+            missing_bytes = self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
             evicted_count = self._evicted_count()
             if found.size_bytes and not await self._engine.ensure(wanted, Priority.PLAN):
                 plan.no_room.append(entry)
-                plan.no_room_ns = self._clock.now_ns()
             else:
-                plan.fetched += 1
+                plan.fetched += bool(missing_bytes)
                 self._mark_present(plan.table, entry.index, evicted_count)
+                if plan.no_room:
+                    self._try_again(plan)
         except (OrchestraError, OSError) as error:
             # The reader will see the error itself, if it is still there when he comes.
             plan.failed += 1
@@ -366,22 +364,25 @@ class PlanRunner:
             plan.in_flight -= 1
             self._pump()
 
-    def _settle(self, plan: _Plan, entry: _Ahead, digest: str, size_bytes: int) -> None:
-        """The file's size and extents are known now."""
+    def _settle(self, plan: _Plan, entry: _Ahead, digest: str, size_bytes: int) -> int:
+        """The file's size and extents are known now. Returns what of it is missing: only that is ahead of the reader
+        by this plan's doing, and bounded; in bytes of the disk, as the cache's size is."""
+        entry.names = self._blocks.names_of(digest, size_bytes)
+        if entry.names and self._plans.get(plan.name) is plan:
+            self._blocks.expect(plan.name, entry.step, entry.names)
+        missing_bytes = self._blocks.missing_charge(digest, size_bytes)
         if entry.is_counted:
-            plan.ahead_bytes += size_bytes - entry.size_bytes
-        entry.size_bytes = size_bytes
+            plan.ahead_bytes += missing_bytes - entry.size_bytes
+        entry.size_bytes = missing_bytes
         was_blind = not plan.size_mean_bytes
-        plan.size_mean_bytes = next_rate(plan.size_mean_bytes, max(1, size_bytes), 1.0)
+        plan.size_mean_bytes = next_rate(plan.size_mean_bytes, max(1, self._blocks.charge_of(size_bytes)), 1.0)
         if was_blind:
             for other in plan.ahead:
                 if other is not entry:
                     other.size_bytes = int(plan.size_mean_bytes)
                     plan.ahead_bytes += other.size_bytes
             self._pump()
-        entry.names = self._blocks.names_of(digest, size_bytes)
-        if entry.names and self._plans.get(plan.name) is plan:
-            self._blocks.expect(plan.name, entry.step, entry.names)
+        return missing_bytes
 
     # -- what is here ----------------------------------------------------------------------------------------------
 

@@ -159,16 +159,16 @@ def test_room_that_is_free_is_used_first() -> None:
             room_bytes=room,
             ahead_bytes=MIB,
             capacity_bytes=capacity,
-            in_flight_bytes_max=128 * MIB,
             rate_bytes_per_s=rate,
         )
 
     assert limit(40 * GIB) == 40 * GIB + MIB
     assert limit(0) == GIB
     assert limit(-GIB) == GIB
-    assert limit(0, rate=300 * MIB) == 3000 * MIB
-    assert limit(0, rate=100 * GIB) == 8 * GIB
-    assert limit(0, capacity=64 * MIB) == 32 * MIB
+    assert limit(0, rate=1000 * MIB) == 2000 * MIB
+    assert limit(0, rate=100 * GIB) == 4 * GIB
+    assert limit(0, capacity=64 * MIB) == MIB
+    assert limit(0, capacity=64 * MIB, rate=GIB) == 4 * MIB
 
 
 def test_whose_reader_is_nearest_is_fetched_for_first() -> None:

@@ -169,21 +169,22 @@ def test_requests_in_flight_are_bounded(tmp_path: Path, store: VersionedStore) -
 
 
 def test_a_full_cache_is_not_filled_further_ahead_than_its_share(tmp_path: Path, store: VersionedStore) -> None:
-    """A cache of eight files is ahead by four; each file that the reader draws brings one more."""
-    cache = {"size_bytes": 8 * BLOCK}
+    """Four files before any size is known; from then on a cache of 32 files is ahead by two."""
+    cache = {"size_bytes": 32 * BLOCK}
     with thread_node(tmp_path, store, cache=cache, fetch=one_at_a_time()) as node:
         node.client().list("/data")
-        for path in PATHS[-8:]:
+        for path in PATHS[-32:]:
             node.client().read_file(path)
         before = len(store.reads)
         publisher = PlanPublisher(node.config, PATHS)
         publisher.publish(0, array("I", range(COUNT)))
         settled(node)
         assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3"]
-        assert node.node.plans.status()[0]["ahead_bytes"] == 4 * BLOCK
-        assert publisher.move(0, 2)
-        settled(node)
-        assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3", "f4", "f5"]
+        for position in (1, 2, 3):
+            assert publisher.move(0, position)
+            settled(node)
+        assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3", "f4"]
+        assert node.node.plans.status()[0]["ahead_bytes"] == 2 * BLOCK
         publisher.close()
 
 
@@ -218,9 +219,9 @@ def test_what_fails_ahead_is_passed_over(tmp_path: Path, store: VersionedStore) 
 
 def test_a_reader_that_comes_back_goes_on_where_it_was(tmp_path: Path, store: VersionedStore) -> None:
     """A position far inside of a plan that is new to the daemon (it was started since): nothing earlier is fetched."""
-    with thread_node(tmp_path, store, cache={"size_bytes": 8 * BLOCK}, fetch=one_at_a_time()) as node:
+    with thread_node(tmp_path, store, cache={"size_bytes": 32 * BLOCK}, fetch=one_at_a_time()) as node:
         node.client().list("/data")
-        for path in PATHS[:8]:
+        for path in PATHS[:-8]:
             node.client().read_file(path)
         publisher = PlanPublisher(node.config, PATHS)
         publisher.publish(0, array("I", range(COUNT)))
@@ -232,8 +233,39 @@ def test_a_reader_that_comes_back_goes_on_where_it_was(tmp_path: Path, store: Ve
         before = len(store.reads)
         assert publisher.move(0, 30)
         settled(node)
-        assert read_keys(store)[before:] == ["f30", "f31", "f32", "f33"]
+        assert read_keys(store)[before:] == ["f32", "f33"]
         publisher.close()
+
+
+def test_the_next_epoch_decides_what_stays(tmp_path: Path) -> None:
+    """A cache of half of the data set, read by a plan in five shuffled epochs: from the second on hardly more than the
+    other half is fetched, and every read is of what is here already. (LRU would fetch 85 of 100.)"""
+    count, held = 400, 200
+    store = VersionedStore()
+    for number in range(count):
+        store.put(f"f{number}", data_of(f"f{number}", 100))
+    paths = [f"/data/f{number}" for number in range(count)]
+    orders = [array("I", random.Random(epoch).sample(range(count), count)) for epoch in range(6)]
+    # A file of a hundred bytes takes a page of the disk.
+    with thread_node(tmp_path, store, cache={"size_bytes": held * 4096, "eviction": "auto"}) as node:
+        client = node.client()
+        client.list("/data")
+        publisher = PlanPublisher(node.config, paths)
+        fetched, missed = [], []
+        for epoch in range(5):
+            before, misses = len(store.reads), node.node.engine.stalls.misses
+            publisher.publish(epoch, orders[epoch])
+            publisher.publish_next(epoch + 1, orders[epoch + 1], count)
+            for offset, index in enumerate(orders[epoch]):
+                if not offset % 4:
+                    publisher.move(epoch, offset)
+                    settled(node)
+                client.read_file(paths[index])
+            fetched.append(len(store.reads) - before)
+            missed.append(node.node.engine.stalls.misses - misses)
+        publisher.close()
+    assert max(fetched[1:]) <= 0.55 * count
+    assert max(missed) <= 0.02 * count
 
 
 def test_ranks_share_their_paths_and_take_turns(tmp_path: Path, store: VersionedStore) -> None:
