@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from orchestra.cli.fuse_unit import unit_text
+from orchestra.cli.fuse_unit import unit_text, words_of_mount_options
 from orchestra.cli.fuse_uri import attach_uri
 from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
@@ -245,6 +245,25 @@ def _work(session: Session, options: MountOptions, control_fd: int) -> None:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+
+
+@fuse_group.command("helper", hidden=True)
+@click.argument("source")
+@click.argument("folder")
+@click.option("-o", "options", default="", help="Options as in /etc/fstab, with commas between.")
+@click.option("-s", "_sloppy", is_flag=True)
+@click.option("-n", "_no_mtab", is_flag=True)
+@click.option("-v", "_verbose", is_flag=True)
+@click.pass_context
+def helper_command(ctx: click.Context, /, source: str, folder: str, options: str, **_ignored: bool) -> None:
+    """Mount as mount(8) asks: what /sbin/mount.orchestra runs, see docs/fuse.md."""
+    session = ctx.find_object(Session)
+    assert session is not None, "the outermost frame makes one"
+    config, words = words_of_mount_options(options)
+    if config is not None:
+        session.config_path = config
+    source = "/" if source in ("orchestra", "none") else source
+    ctx.invoke(mount_command, **mount_command.make_context("mount", [*words, "--", source, folder], parent=ctx).params)
 
 
 @fuse_group.command("upgrade")

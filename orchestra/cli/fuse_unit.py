@@ -1,4 +1,4 @@
-"""The systemd unit of a mount, and what /sbin/mount gives a helper.
+"""The systemd unit of a mount, and the options that mount(8) gives its helper.
 
 Owns: their texts. Leaves to others: the options' meaning (fuse.py).
 """
@@ -51,9 +51,11 @@ def _quoted(word: str) -> str:
     return f'"{escaped}"'
 
 
-def words_of_mount_options(text: str) -> list[str]:
-    """Return the command line for the `-o` of mount(8): `allow_other,umask=022,option.endpoint_url=http://...`."""
+def words_of_mount_options(text: str) -> tuple[str | None, list[str]]:
+    """Return the configuration and the words of the command for the `-o` of mount(8), for example
+    `allow_other,umask=022,config=/etc/orchestra.toml,option.endpoint_url=http://...`."""
     words: list[str] = []
+    config = None
     for item in text.split(","):
         name, equals, value = item.partition("=")
         if not name or name in _IGNORED or name.startswith("x-"):
@@ -65,9 +67,9 @@ def words_of_mount_options(text: str) -> list[str]:
         elif name.startswith("option.") and equals:
             words += ["--option", f"{name.removeprefix('option.')}={value}"]
         elif name == "config" and equals:
-            continue  # read before the command, see mount_helper
+            config = value
         else:
             raise UsageError(
                 f"unknown mount option {name!r}; known: {', '.join(sorted(_FLAGS | _VALUES))}, config=FILE, option.KEY="
             )
-    return words
+    return config, words

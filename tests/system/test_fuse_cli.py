@@ -277,3 +277,24 @@ def test_a_file_says_its_version_store_and_how_much_is_here_and_df_shows_the_cac
     assert os.listxattr(site.target / "d") == []
     found = os.statvfs(site.target)
     assert (found.f_blocks * found.f_frsize, found.f_bavail) == (1 << 30, 0)
+
+
+def test_mount_8_is_understood(site: Site) -> None:
+    """What /sbin/mount.orchestra is called with for a line of fstab; an option that nobody knows is refused."""
+    options = f"rw,noauto,x-systemd.automount,_netdev,umask=027,mode=pagecache,config={site.root}/orchestra.toml"
+    program = [sys.executable, "-m", "orchestra", "fuse", "helper"]
+    done = subprocess.run(
+        [*program, "/data", str(site.target), "-o", options],
+        capture_output=True,
+        text=True,
+        env=site.environment,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert oct((site.target / "d" / "file").stat().st_mode) == oct(0o100440)
+    known = site.known()
+    assert known is not None
+    assert (known["path"], known["mode"]) == ("/data", "pagecache")
+    refused = site.run("fuse", "helper", "/data", site.target, "-o", "sped=high")
+    assert (refused.returncode, "unknown mount option 'sped'" in refused.stderr) == (1, True)
