@@ -169,6 +169,7 @@ class DatasetPrefetch:
             run,
             priority=Priority.BACKGROUND,
             limit=self._limits.requests_max,
+            clock=self._clock,
             has_room=lambda size_bytes: self._has_room(loader, size_bytes),
         )
         async with self._steering.steer(loader, self._limits.requests_max):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from orchestra.blocks.geometry import Geometry
+from orchestra.clock import Clock
 from orchestra.engine.engine import Engine, Wanted
 from orchestra.errors import NotFoundError, OrchestraError, StaleObjectError
 from orchestra.fetch.budget import Priority
@@ -28,6 +29,8 @@ from orchestra.values import ByteRange, EntryKind
 
 # A file that changes this often while it is loaded is reported instead of chased.
 _VERSIONS_MAX = 3
+# Answers timed between two looks at them; more say nothing new.
+_ANSWERS_MAX = 1000
 
 
 class LoadObserver(Protocol):
@@ -73,6 +76,7 @@ class Loader:
         *,
         priority: Priority,
         limit: int,
+        clock: Clock,
         pace: Pace | None = None,
         has_room: Callable[[int], bool] = lambda size_bytes: True,
     ) -> None:
@@ -93,6 +97,8 @@ class Loader:
         self.pieces_in_flight_max = 0
         self.bytes_done = 0
         self.bytes_in_flight = 0
+        self._answers: list[tuple[int, int]] = []  # nanoseconds and bytes of what was fetched since it was asked for
+        self._clock = clock
         self.is_full = False
 
     async def run(self, pages: AsyncGenerator[Page, None]) -> bool:
@@ -117,6 +123,11 @@ class Loader:
         """Have so many pieces in flight from now on; those under way end by themselves."""
         self._limit = limit
         self._start_workers()
+
+    def take_answers(self) -> list[tuple[int, int]]:
+        """Return how long each piece took that was fetched since the last call, in nanoseconds, and its bytes."""
+        answers, self._answers = self._answers, []
+        return answers
 
     # -- filling the queue -----------------------------------------------------------------------------------------
 
@@ -171,14 +182,7 @@ class Loader:
             if not self._has_room(wanted.byte_range.length):
                 self.is_full = True
                 return
-            if self._engine.holds_some(wanted):
-                await asyncio.sleep(0)  # what is here already would keep the loop without a pause
-            self.bytes_in_flight += wanted.byte_range.length
-            try:
-                is_kept = await self._engine.ensure(wanted, self._priority)
-            finally:
-                self.bytes_in_flight -= wanted.byte_range.length
-            if not is_kept:
+            if not await self._ensure(wanted):
                 self.is_full = True
                 return
         except StaleObjectError as error:
@@ -192,6 +196,21 @@ class Loader:
         if not loading.pieces_left and not loading.is_over:
             loading.is_over = True
             self._observer.on_done(loading.file)
+
+    async def _ensure(self, wanted: Wanted) -> bool:
+        size_bytes, begun_ns = wanted.byte_range.length, 0
+        if self._engine.holds_some(wanted):
+            await asyncio.sleep(0)  # what is here already would keep the loop without a pause
+        else:
+            begun_ns = self._clock.now_ns()
+        self.bytes_in_flight += size_bytes
+        try:
+            is_kept = await self._engine.ensure(wanted, self._priority)
+        finally:
+            self.bytes_in_flight -= size_bytes
+        if begun_ns and len(self._answers) < _ANSWERS_MAX:
+            self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
+        return is_kept
 
     def _fail(self, loading: _Loading, error: OrchestraError) -> None:
         if not loading.is_over:

@@ -1,68 +1,82 @@
-"""How little a load takes while readers wait: down as long as nothing is lost, up again when something is."""
+"""How little a load takes while readers wait: what fills the link, no queue on it, and more when something is lost.
+
+The link of these tests: a latency, a bandwidth, and pieces of 500 kB that queue when more is in flight than fills it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from orchestra.prefetch.squeeze import LIMIT_AT_FIRST, LIMIT_MIN, Squeeze
+from orchestra.prefetch.squeeze import LIMIT_AT_FIRST, LIMIT_MIN, Squeeze, Tick
 
-
-def at_the_top(limit_max: int = 128) -> Squeeze:
-    """One that has everything: nobody waited so far."""
-    squeeze = Squeeze(limit_max)
-    squeeze.tick(0.0, readers_wait=False)
-    return squeeze
+PIECE = 500_000
 
 
-def limits(squeeze: Squeeze, rate: Callable[[int], float], ticks: int, *, readers_wait: bool = True) -> list[int]:
-    """Run ticks in which the rate follows from the limit; return the limits."""
-    return [squeeze.tick(rate(squeeze.limit), readers_wait=readers_wait) for _ in range(ticks)]
+@dataclass
+class Link:
+    """What a load with a limit sees of a link, with `readers` requests beside it."""
+
+    latency_s: float
+    bandwidth: float
+    readers: int = 0
+    jitter: float = 1.0  # the mean latency over that of the quicker answers
+    limits: list[int] = field(default_factory=list)
+
+    def see(self, limit: int, *, readers_wait: bool = True) -> Tick:
+        in_flight = (limit + self.readers) * PIECE
+        rate = min(self.bandwidth, in_flight / (self.latency_s * self.jitter))
+        queued_s = in_flight / rate - self.latency_s * self.jitter
+        return Tick(rate, self.latency_s + queued_s, PIECE, self.readers * PIECE, readers_wait)
+
+    def run(self, squeeze: Squeeze, ticks: int, *, readers_wait: bool = True) -> list[int]:
+        """Let time pass; return the limits."""
+        return [squeeze.tick(self.see(squeeze.limit, readers_wait=readers_wait)) for _ in range(ticks)]
 
 
 def test_nobody_waits_and_all_is_allowed() -> None:
-    """Without readers the limit is the most, whatever the rate does."""
-    assert set(limits(Squeeze(128), lambda limit: limit * 1e6, 50, readers_wait=False)) == {128}
+    """Without readers the limit is the most, whatever the link does."""
+    assert set(Link(0.05, 1e6).run(Squeeze(128), 50, readers_wait=False)) == {128}
 
 
-def test_a_link_that_stays_full_is_left_to_readers() -> None:
-    """Where 12 requests fill the link the limit goes down to 8 to 16, and stays there."""
-    found = limits(at_the_top(), lambda limit: min(limit, 12) * 1e6, 200)
-    assert found[12] <= 16
-    assert all(8 <= limit <= 16 for limit in found[12:])
-    assert found[12:].count(16) > 0.8 * len(found[12:]), "what loses throughput is tried rarely"
+def test_a_narrow_link_is_filled_and_not_queued_on() -> None:
+    """50 MB/s at 50 ms is filled by five pieces: with four readers' there is hardly more than that in flight."""
+    link = Link(0.05, 50e6, readers=4)
+    found = link.run(Squeeze(128), 300)
+    assert max(found) <= 16
+    assert all(link.see(limit).rate_bytes_per_s == 50e6 for limit in found), "the link is full all the time"
+    assert max(link.see(limit).latency_s for limit in found[8:]) <= 0.15
 
 
-def test_where_every_request_counts_the_limit_stays() -> None:
-    """Of a store that is far away and wide, the rate is what is in flight: trials to take less are rare and short."""
-    found = limits(at_the_top(), lambda limit: limit * 1e6, 200)
+def test_a_wide_link_is_taken_within_a_second() -> None:
+    """Where everything in flight counts, the limit doubles up to the most; looks at the latency are short and rare."""
+    assert Squeeze(128).limit == LIMIT_AT_FIRST
+    found = Link(0.05, 10e9).run(Squeeze(128), 300)
+    assert found[:5] == [8, 16, 32, 64, 128]
     assert found.count(128) >= 0.9 * len(found)
-    assert min(found) >= 64
+
+
+def test_uneven_latency_does_not_starve_a_load() -> None:
+    """When the mean answer takes twice as long as the quicker ones, the rate still comes near what it could be."""
+    link = Link(0.05, 100e6, readers=4, jitter=2.0)
+    found = link.run(Squeeze(128), 200)
+    assert sum(link.see(limit).rate_bytes_per_s for limit in found[20:]) / len(found[20:]) >= 0.85 * 100e6
 
 
 def test_it_never_stops_altogether() -> None:
-    """However full the link, something goes on."""
-    assert min(limits(at_the_top(), lambda limit: 1e6, 100)) == LIMIT_MIN
-    assert at_the_top(2).tick(0.0, readers_wait=True) == 2
-
-
-def test_a_slower_store_is_believed_after_a_while() -> None:
-    """When the store itself gives less, the limit comes down again."""
-    squeeze = at_the_top()
-    limits(squeeze, lambda limit: min(limit, 12) * 1e6, 50)
-    found = limits(squeeze, lambda limit: min(limit, 12) * 0.5e6, 120)
-    assert max(found) == 128, "first it tries whether more in flight helps"
-    assert found[-1] <= 16
+    """However much readers have in flight, something goes on, and a store that takes one request gets one."""
+    squeeze = Squeeze(128)
+    assert {squeeze.tick(Tick(50e6, 0.05, PIECE, 10**9, True)) for _ in range(20)} == {8, LIMIT_MIN}
+    assert set(Link(0.05, 50e6).run(Squeeze(1), 20)) == {1}
 
 
 def test_readers_that_stop_waiting_give_it_all_back() -> None:
     """The tick after the last miss the load has everything again."""
-    squeeze = at_the_top()
-    limits(squeeze, lambda limit: 1e6, 20)
-    assert squeeze.tick(1e6, readers_wait=False) == 128
+    squeeze, link = Squeeze(128), Link(0.05, 50e6, readers=4)
+    assert link.run(squeeze, 20)[-1] < 128
+    assert link.run(squeeze, 1, readers_wait=False) == [128]
 
 
-def test_a_load_begins_small_and_doubles_while_that_helps() -> None:
-    """Of a wide store everything is taken after a second; a link that is full at 20 never gets more than twice that."""
-    assert limits(Squeeze(128), lambda limit: limit * 1e6, 4) == [32, 64, 128, 128]
-    assert Squeeze(128).limit == LIMIT_AT_FIRST
-    assert max(limits(Squeeze(128), lambda limit: min(limit, 20) * 1e6, 100)) <= 40
+def test_a_tick_without_answers_changes_nothing() -> None:
+    """A store that does not answer is not asked for less or more because of it."""
+    squeeze = Squeeze(128)
+    assert squeeze.tick(Tick(0.0, 0.0, 0.0, 0, True)) == LIMIT_AT_FIRST

@@ -150,6 +150,7 @@ class LoadRun:
             self,
             priority=Priority.LOAD,
             limit=tools.requests_max,
+            clock=tools.clock,
             pace=pace,
             has_room=self._has_room,
         )
