@@ -103,7 +103,7 @@ def assemble(
         environ=os.environ,
         on_change=partial(_use_mounts, engine, space),
     )
-    steering = Steering(engine, fetcher.statistics, clock)
+    steering = Steering(engine, fetcher.statistics, budget, clock)
     journal, requests_max = Journal(layout.jobs), config.fetch.requests_max
     jobs = JobRunner(LoadTools(engine, blocks, geometry, writers, steering, journal, clock, requests_max))
     node = Node(
