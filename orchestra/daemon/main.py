@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from weakref import WeakSet
@@ -30,6 +30,7 @@ from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.daemon.descriptors import raise_limit, survive_exhaustion
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
+from orchestra.observe.access_ring import AccessNote
 from orchestra.observe.logs import log_to_file, log_to_stderr
 
 log = logging.getLogger(__name__)
@@ -195,11 +196,16 @@ async def _watch_accesses(node: Node, activity: Activity) -> None:
         if not notes:
             continue
         activity.note()
-        node.prefetch.on_notes(notes)
-        for note in notes:
-            blocks = range(note.first_block, note.first_block + note.block_count)
-            for _, run in node.geometry.extents_of(blocks):
-                node.blocks.touch(note.digest.hex(), run.start)
+        follow_notes(node, notes)
+
+
+def follow_notes(node: Node, notes: Sequence[AccessNote]) -> None:
+    """Tell prefetch and eviction what readers read."""
+    node.prefetch.on_notes(notes)
+    for note in notes:
+        blocks = range(note.first_block, note.first_block + note.block_count)
+        for _, run in node.geometry.extents_of(blocks):
+            node.blocks.touch(note.digest.hex(), run.start)
 
 
 async def _flush_index(node: Node, stop: asyncio.Event) -> None:

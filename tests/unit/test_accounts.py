@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestra.blocks.accounts import Accounts, CacheFullError, SpaceLimit
-from orchestra.blocks.eviction import LruPolicy
+from orchestra.blocks.accounts import Accounts, CacheFullError, NotAdmittedError, SpaceLimit
+from orchestra.blocks.eviction import LruPolicy, NeverPolicy
 from orchestra.blocks.index import SCHEMA_VERSION, BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import is_extent_name
+from orchestra.blocks.rules import Origin, SpaceRules
+from orchestra.clock import ManualClock
 from orchestra.units import GIB, MIB
 from tests.support.cache import full_disk
 
@@ -149,6 +151,63 @@ def test_order_of_use_survives_a_restart(tmp_path: Path) -> None:
     assert books.used_bytes == 3
     assert list(books.choose_oldest(100, ())) == [B, A]
     index.close()
+
+
+def test_whose_an_extent_is_survives_a_restart(tmp_path: Path) -> None:
+    """Store and key come back as they were, also a key that is no text; what nobody knew stays unknown."""
+    books, index, _ = open_accounts(tmp_path / "index")
+    origin = Origin("s3://b", "a/\udcff\n")
+    books.expect(A, origin)
+    filled(books, a=1, b=2)
+    write(books)
+    index.close()
+    books, index, _ = open_accounts(tmp_path / "index")
+    assert dict(books.origins()) == {A: origin, B: None}
+    index.close()
+
+
+def test_an_index_of_the_first_schema_is_taken_over(tmp_path: Path) -> None:
+    """What an older daemon wrote is kept: sizes and order of use; owners are not known."""
+    connection = sqlite3.connect(tmp_path / "index")
+    connection.executescript(
+        "CREATE TABLE extents(name TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, last_use INTEGER NOT NULL) "
+        "STRICT, WITHOUT ROWID;"
+        "CREATE TABLE state(key TEXT PRIMARY KEY, value INTEGER) STRICT, WITHOUT ROWID;"
+        f"INSERT INTO extents VALUES ('{A}', 10, 2), ('{B}', 20, 1); INSERT INTO state VALUES ('clean', 1);"
+        "PRAGMA user_version = 1"
+    )
+    connection.close()
+    books, index, is_clean = open_accounts(tmp_path / "index")
+    assert is_clean
+    assert (books.choose_oldest(100, ()), books.used_bytes) == ([B, A], 30)
+    assert dict(books.origins()) == {A: None, B: None}
+    index.close()
+
+
+def test_the_time_of_use_counts_within_one_boot(tmp_path: Path) -> None:
+    """In another boot an extent counts as used when the daemon started."""
+    clock = ManualClock()
+    for boot, expected_s in ((b"1" * 16, 1_000_000), (b"1" * 16, 1_000_000), (b"2" * 16, 1_000_050)):
+        index = BlockIndex(tmp_path / "index", boot_id=boot)
+        books = Accounts(LruPolicy(), SpaceLimit(1000, 0.0, full_disk(free_bytes=GIB)), index, clock=clock)
+        books.load(index.load()[0])
+        if A not in books:
+            filled(books, a=1)
+            write(books)
+            clock.advance(50)
+        assert books.used_s(A) == expected_s
+        index.close()
+
+
+def test_a_policy_that_refuses_is_obeyed_but_for_the_pinned() -> None:
+    """With room everything is admitted; without, `never` admits only what a pin asks for."""
+    books = Accounts(NeverPolicy(), SpaceLimit(100, 0.0, full_disk(free_bytes=GIB)))
+    filled(books, a=60, b=40)
+    with pytest.raises(NotAdmittedError, match="keeps what it has"):
+        books.choose_victims(10, (), C)
+    books.expect(C, Origin("s", "pinned/c"))
+    books.set_rules(SpaceRules(frozenset({("s", "pinned")})))
+    assert list(books.choose_victims(10, (), C)) == [A]
 
 
 def test_clean_is_said_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from orchestra.client.node import NodeClient
 from orchestra.clock import ManualClock
 from orchestra.config import CacheConfig, Config, DaemonConfig, MountConfig
+from orchestra.daemon.main import follow_notes
 from orchestra.errors import CacheDirectoryError, NotFoundError
 from orchestra.units import GIB, KIB
 from orchestra.values import ObjectId
@@ -215,6 +217,37 @@ def test_damaged_pins_are_not_taken_for_none(root: Path) -> None:
     (root / "cache" / "pins.json").write_text("{")
     with pytest.raises(CacheDirectoryError, match=r"pins\.json is damaged"), node(root, mount()):
         pass
+
+
+# -- what was read -------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_learns_of_reads_that_send_no_message(root: Path) -> None:
+    """A file read again from the cache directory outlives one that came after it: the readers' notes say so."""
+    with node(root, mount(), size=3 * BLOCK) as (running, client, _):
+        read(client, range(3))
+        messages = client.messages_sent
+        read(client, range(1))
+        assert client.messages_sent == messages
+        follow_notes(running.node, running.node.accesses.collect())
+        read(client, range(3, 4))
+        assert cached(client) == [0, 2, 3]
+
+
+def test_the_default_sees_a_scan_in_what_readers_note(root: Path) -> None:
+    """Epochs over twice what fits: from the second on the cached half is hit, and next to nothing is written."""
+    with node(root, mount(), size=10 * BLOCK, eviction="auto") as (running, client, stores):
+        chance = random.Random(5)
+        written = []
+        for _ in range(6):
+            for number in chance.sample(range(20), 20):
+                read(client, range(number, number + 1))
+                follow_notes(running.node, running.node.accesses.collect())
+            written.append(running.node.blocks.statistics().written_bytes // BLOCK)
+        assert written[-1] == written[2], f"still written after the second epoch: {written}"
+        fetched = len(stores["/d"].reads)
+        read(client, range(20))
+        assert len(stores["/d"].reads) == fetched + 10
 
 
 # -- quotas and ages -----------------------------------------------------------------------------------------------
