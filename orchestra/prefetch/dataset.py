@@ -57,6 +57,7 @@ class DatasetStatus:
     files_done: int = 0
     files_failed: int = 0
     bytes_done: int = 0
+    in_flight_limit: int = 0
     message: str = ""
 
 
@@ -113,7 +114,8 @@ class DatasetPrefetch:
     def statuses(self) -> list[DatasetStatus]:
         """How far each mount is that was begun."""
         for run in self._runs.values():
-            run.status.bytes_done = run.loader.bytes_done if run.loader is not None else 0
+            if run.loader is not None:
+                run.status.bytes_done, run.status.in_flight_limit = run.loader.bytes_done, run.loader.limit
         return [run.status for run in self._runs.values()]
 
     async def close(self) -> None:
@@ -213,6 +215,7 @@ def statuses_json(prefetch: DatasetPrefetch) -> list[dict[str, Any]]:
             "files_done": one.files_done,
             "files_failed": one.files_failed,
             "bytes_done": one.bytes_done,
+            "in_flight_limit": one.in_flight_limit,
             "message": one.message,
         }
         for one in prefetch.statuses()

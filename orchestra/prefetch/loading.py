@@ -86,7 +86,7 @@ class Loader:
         self._geometry = geometry
         self._observer = observer
         self._priority = priority
-        self._limit = limit
+        self.limit = limit
         self._pace = pace
         self._has_room = has_room
         self._waiting: deque[_Loading] = deque()
@@ -121,7 +121,7 @@ class Loader:
 
     def set_limit(self, limit: int) -> None:
         """Have so many pieces in flight from now on; those under way end by themselves."""
-        self._limit = limit
+        self.limit = limit
         self._start_workers()
 
     def take_answers(self) -> list[tuple[int, int]]:
@@ -138,7 +138,7 @@ class Loader:
             self._add(file, tries=1)
         self._start_workers()
         # A page is more than a window: with less than that left, the next page is on its way in time.
-        while len(self._waiting) > self._limit and not self.is_full:
+        while len(self._waiting) > self.limit and not self.is_full:
             self._is_low.clear()
             await self._is_low.wait()
 
@@ -152,7 +152,7 @@ class Loader:
     def _start_workers(self) -> None:
         if self._tasks is None or not self._waiting:
             return
-        while self._running < self._limit:
+        while self._running < self.limit:
             self._running += 1
             self._tasks.create_task(self._work())
         self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
@@ -162,12 +162,12 @@ class Loader:
     async def _work(self) -> None:
         waiting = self._waiting
         try:
-            while waiting and self._running <= self._limit and not self.is_full:
+            while waiting and self._running <= self.limit and not self.is_full:
                 loading = waiting[0]
                 wanted, is_last = loading.cut(self._piece_bytes)
                 if is_last or loading.is_over:
                     waiting.popleft()
-                    if len(waiting) <= self._limit:
+                    if len(waiting) <= self.limit:
                         self._is_low.set()
                 if not loading.is_over:
                     await self._bring(loading, wanted)
