@@ -116,6 +116,19 @@ def folder(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
     return shuffled(Files(setup["folder"], train.names), train)
 
 
+def planned_folder(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
+    """Files below a mounted folder, in an order that is told to the node: one line."""
+    from orchestra.torch import PlannedSampler
+
+    dataset = Files(setup["folder"], train.names)
+    sampler = PlannedSampler([f"{dataset.folder}/{name}" for name in train.names], 0, config=setup["config"])
+
+    def batches(epoch: int) -> Any:
+        return DataLoader(dataset, batch_size=train.batch, sampler=sampler, num_workers=train.workers)
+
+    return batches
+
+
 def fsspec_files(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
     """Files through fsspec."""
     return shuffled(FsspecFiles(setup["folder"], train.names, setup["protocol"], setup["options"]), train)
@@ -209,6 +222,7 @@ def pack(setup: dict[str, Any]) -> None:
 
 KINDS: dict[str, Callable[[dict[str, Any], Train], Callable[[int], Any]]] = {
     "folder": folder,
+    "planned": planned_folder,
     "fsspec": fsspec_files,
     "webdataset": webdataset_shards,
     "litdata": litdata_shards,
