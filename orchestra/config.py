@@ -1,8 +1,8 @@
 """Settings: plain values, and how they are read from `orchestra.toml` and the environment.
 
 Owns: the settings, their defaults, and the names `load_config` and `expand_variables`. How they are read (the table of
-keys, limits, messages) is in `config_file` and `config_mounts`. Leaves to others: calling `expand_variables`
-(namespace, at mount time, so that secrets are never held here) and everything that settings are for.
+keys, limits, messages) is in `config_file`, `config_mounts` and `config_cluster`. Leaves to others: calling
+`expand_variables` (namespace, at mount time, so that secrets are never held here) and everything that settings are for.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Replication:
+    """A mount's `replication`. None: `min` is `[cluster]`'s `replicas`, `max` is no more than `min`."""
+
+    min: int | None = None  # owners of an extent
+    max: int | None = None  # of one that many nodes read
+    passive: bool = True  # whether a node that is no owner keeps what it read
+
+
+@dataclass(frozen=True, slots=True)
 class MountConfig:
     """One `[[mount]]`. `options` are as written (`${VAR}` not expanded).
 
@@ -48,6 +57,7 @@ class MountConfig:
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
     quota_bytes: int | None = None  # the most of the cache that this mount's files may take
     ttl_s: float | None = None  # what was not read for so long leaves the cache
+    replication: Replication | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,21 @@ class FetchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """`[cluster]`: addresses are "host:port". Of `nodes`, `name` and `endpoints` the one that `membership` asks for is
+    given."""
+
+    listen: str
+    membership: str = "static"
+    nodes: tuple[str, ...] = ()
+    name: str = ""
+    endpoints: tuple[str, ...] = ()
+    secret_file: Path | None = None
+    replicas: int = 1  # owners of an extent
+    ufs_fallback: str = "warn"  # allow | warn | fail: reading from the store what its owners should have given
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything; `source` is the file it came from, None for defaults."""
 
@@ -78,6 +103,7 @@ class Config:
     mounts: tuple[MountConfig, ...] = ()
     daemon: DaemonConfig = DaemonConfig()
     fetch: FetchConfig = FetchConfig()
+    cluster: ClusterConfig | None = None  # one machine
     source: Path | None = None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.config import CacheConfig, Config, DaemonConfig, FetchConfig
+from orchestra.config_cluster import CLUSTER_KEYS, check_replications, cluster_config
 from orchestra.config_keys import (
     Key,
     checked,
@@ -65,8 +66,8 @@ _TABLES: Mapping[str, tuple[Key, ...]] = {
         Key("attempt_timeout", "attempt_timeout_s", durations(0.1)),
         Key("deadline", "deadline_s", durations(0.1)),
     ),
+    "cluster": CLUSTER_KEYS,
 }
-_TABLES_LATER = ("cluster",)
 # Kubernetes sets these for a service called orchestra-cache: they are addresses, not settings of ours.
 _KUBERNETES_NAME = re.compile(r"_(SERVICE_HOST|SERVICE_PORT|PORT)(_|\Z)")
 
@@ -90,9 +91,11 @@ def load(path: str | Path | None, environ: Mapping[str, str] | None) -> Config:
         mounts=mounts,
         daemon=DaemonConfig(**settings["daemon"]),
         fetch=FetchConfig(**settings["fetch"]),
+        cluster=cluster_config(settings["cluster"], label),
         source=source,
     )
     _check_sizes(config, label)
+    check_replications({mount.path: mount.replication for mount in mounts}, config.cluster, label)
     return config
 
 
@@ -114,6 +117,7 @@ def settings_of(config: Config) -> dict[str, str]:
     return {
         f"{table}.{key.name}": str(getattr(getattr(config, table), key.field))
         for table, keys in _TABLES.items()
+        if getattr(config, table) is not None
         for key in keys
     }
 
@@ -188,8 +192,6 @@ def _first_line_like(lines: list[str], line: int) -> int | None:
 
 
 def _check_table_name(name: str, label: str) -> None:
-    if name in _TABLES_LATER:
-        raise ConfigError(f"{label}[{name}] is not supported by this version yet")
     if name not in _TABLES and name != "mount":
         raise config_error(f"{label}unknown table '{name}'{did_you_mean(name, [*_TABLES, 'mount'])}")
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.config import MountConfig
+from orchestra.config_cluster import parse_replication
 from orchestra.config_keys import Key, checked, config_error, did_you_mean, durations, sizes, switch, words
 from orchestra.errors import ConfigError
 from orchestra.units import KIB, SIZE_LIMIT_BYTES
 
 # More replicas of the same data than anyone keeps; each costs a round trip before an error is final.
 URIS_MAX = 16
-KEYS_LATER = ("write_policy", "replication")
+KEYS_LATER = ("write_policy",)
 # Below a block nothing that matters fits; the daemon compares it with the block size of its cache.
 QUOTA_MIN_BYTES = 4 * KIB
 TTL_MIN_S = 1.0
@@ -179,10 +180,12 @@ def _parse_mount(table: Mapping[str, Any], where: str) -> MountConfig:
             raise config_error(f"{where}: key '{name}' is not supported by this version yet")
         if name == "options":
             values["options"] = _options(value, where)
+        elif name == "replication":
+            values["replication"] = parse_replication(value, where)
         elif name in _KEYS:
             values[_KEYS[name].field] = checked(f"{where}: {name}", _KEYS[name], value)
         else:
-            raise config_error(f"{where}: unknown key '{name}'{did_you_mean(name, [*_KEYS, 'options'])}")
+            raise config_error(f"{where}: unknown key '{name}'{did_you_mean(name, [*_KEYS, 'options', 'replication'])}")
     if "path" not in values:
         raise config_error(f"{where}: key 'path' is missing")
     if ("uri" in table) == ("uris" in table):

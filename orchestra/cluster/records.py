@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import msgspec
 
 from orchestra.cluster.ring import WEIGHT_MAX
+from orchestra.config_cluster import split_address
 
 NODE_ID_CHARACTERS_MAX = 255
 # A record takes 200 bytes; more is not one.
 RECORD_BYTES_MAX = 4096
 _NODE_ID = re.compile(rf"[A-Za-z0-9._:\[\]-]{{1,{NODE_ID_CHARACTERS_MAX}}}\Z")
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9._-]{1,253}):([0-9]{1,5})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,6 @@ class _Wire(msgspec.Struct, forbid_unknown_fields=False):
     is_draining: bool = False
     incarnation: int = 0
     instance: str = ""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host (without brackets) and port of "host:port". Raises ValueError that says what is allowed."""
-    match = _ADDRESS.match(address)
-    if match is None or not 1 <= int(match[2]) <= 65535:
-        raise ValueError(f"expected an address such as 10.0.0.1:7420, got {address[:300]!r}")
-    return match[1].strip("[]"), int(match[2])
 
 
 def encode_record(record: NodeRecord) -> bytes:

@@ -29,7 +29,7 @@ from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.daemon.descriptors import raise_limit, survive_exhaustion
-from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
+from orchestra.errors import CacheDirectoryError, ConfigError, OrchestraError, to_wire
 from orchestra.observe.access_ring import AccessNote
 from orchestra.observe.logs import log_to_file, log_to_stderr
 
@@ -56,6 +56,7 @@ def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = Non
     """
     notify = _notifier(ready_fd)
     try:
+        _refuse_cluster(config)
         asyncio.run(_serve(config, autostarted=autostarted, in_background=ready_fd is not None, notify=notify))
     except OrchestraError as error:
         notify(json.dumps(to_wire(error)))
@@ -66,6 +67,16 @@ def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = Non
         raise
     finally:
         notify("")
+
+
+def _refuse_cluster(config: Config) -> None:
+    """Raise ConfigError where others would be counted on that this daemon does not reach yet."""
+    if config.cluster is not None:
+        where = "$ORCHESTRA_CLUSTER_LISTEN" if config.source is None else str(config.source)
+        raise ConfigError(
+            f"{where}: the settings of [cluster] are valid, but this version's daemon does not join a cluster yet "
+            "(docs/cluster.md); without them it serves this machine"
+        )
 
 
 def _notifier(ready_fd: int | None) -> Callable[[str], None]:

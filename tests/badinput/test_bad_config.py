@@ -34,6 +34,95 @@ def cache(line: str) -> str:
     return f"[cache]\n{line}\n"
 
 
+LISTEN = '[cluster]\nlisten = "127.0.0.1:7420"\n'
+STATIC = LISTEN + 'nodes = ["127.0.0.1:7420"]\n'
+CLUSTER_ROWS = [
+    BadConfig(
+        "3-cluster-key", STATIC + "replica = 2", ("unknown key 'replica' in [cluster]; did you mean 'replicas'",)
+    ),
+    BadConfig(
+        "3-cluster-variable", "", ("$ORCHESTRA_CLUSTER_LISTN; did you", "LISTEN'?"), {"ORCHESTRA_CLUSTER_LISTN": "x"}
+    ),
+    BadConfig("4-cluster-table", "cluster = 3", ("cluster: expected a table [cluster], got 3",)),
+    BadConfig("4-cluster-nodes", LISTEN + 'nodes = "a:1"', ("cluster.nodes: expected a list of 1 to 1024", "'a:1'")),
+    BadConfig("4-cluster-no-nodes", LISTEN + "nodes = []", ("cluster.nodes: expected a list of 1 to 1024",)),
+    BadConfig("4-cluster-number", LISTEN + "nodes = [7420]", ("cluster.nodes: expected host:port such as", "7420")),
+    BadConfig("4-cluster-word", STATIC + 'membership = "zk"', ("expected one of static, dns, etcd, got 'zk'",)),
+    BadConfig("4-cluster-fallback", STATIC + 'ufs_fallback = "no"', ("expected one of allow, warn, fail, got 'no'",)),
+    BadConfig("22-no-port", '[cluster]\nlisten = "10.0.0.1"', ("cluster.listen: expected host:port", "'10.0.0.1'")),
+    BadConfig("22-port-0", '[cluster]\nlisten = "h:0"', ("cluster.listen: expected host:port", "'h:0'")),
+    BadConfig("22-port-70000", '[cluster]\nlisten = "h:70000"', ("cluster.listen: expected host:port", "'h:70000'")),
+    BadConfig("22-port-word", '[cluster]\nlisten = "h:abc"', ("cluster.listen: expected host:port", "'h:abc'")),
+    BadConfig("22-no-listen", "[cluster]\nreplicas = 2", ("cluster: key 'listen' is missing (the address",)),
+    BadConfig("22-everywhere", '[cluster]\nlisten = "0.0.0.0:7420"', ("reach this one", "$ORCHESTRA_CLUSTER_LISTEN")),
+    BadConfig("22-twice", LISTEN + 'nodes = ["a:1", "a:1"]', ("cluster.nodes: 'a:1' stands twice",)),
+    BadConfig(
+        "22-not-itself",
+        LISTEN + 'nodes = ["127.0.0.2:1"]',
+        ("cluster.nodes must contain this node's own address, 127.0.0.1:7420 (cluster.listen)",),
+    ),
+    BadConfig(
+        "23-no-secret",
+        '[cluster]\nlisten = "10.0.0.1:7420"\nnodes = ["10.0.0.1:7420"]',
+        ("cluster: key 'secret_file' is missing: refusing to speak with 10.0.0.1:7420, which is not this machine",),
+    ),
+    BadConfig(
+        "23-no-secret-node",
+        LISTEN + 'nodes = ["127.0.0.1:7420", "10.0.0.2:7420"]',
+        ("key 'secret_file' is missing: refusing to speak with 10.0.0.2:7420",),
+    ),
+    BadConfig(
+        "23-no-secret-dns", LISTEN + 'membership = "dns"\nname = "nodes.svc"', ("refusing to speak with nodes.svc",)
+    ),
+    BadConfig(
+        "23-secret-path", STATIC + 'secret_file = "secret"', ("expected the absolute path of a file", "'secret'")
+    ),
+    BadConfig("27-zero", STATIC + "replicas = 0", ("cluster.replicas: expected a whole number from 1 to 64, got 0",)),
+    BadConfig("27-negative", STATIC + "replicas = -1", ("cluster.replicas: expected a whole number from 1", "-1")),
+    BadConfig(
+        "28-missing", LISTEN + 'membership = "etcd"', ("cluster: key 'endpoints' is missing (membership is etcd)",)
+    ),
+    BadConfig(
+        "28-not-etcd",
+        STATIC + 'endpoints = ["http://127.0.0.1:2379"]',
+        ("cluster.endpoints belongs to membership etcd",),
+    ),
+    *(
+        BadConfig(
+            f"28-{name}", LISTEN + f'membership = "etcd"\nendpoints = ["{endpoint}"]', ("cluster.endpoints: ", words)
+        )
+        for name, endpoint, words in (
+            ("no-port", "http://127.0.0.1", "expected an address such as http://127.0.0.1:2379"),
+            ("path", "http://127.0.0.1:2379/v3", "expected an address such as http://127.0.0.1:2379"),
+            ("scheme", "tcp://127.0.0.1:2379", "expected an address such as http://127.0.0.1:2379"),
+            ("port", "http://127.0.0.1:99999", "expected an address such as http://127.0.0.1:2379"),
+            ("password", "http://me:canary-7f3@127.0.0.1:2379", "with a user or password in it is not supported"),
+        )
+    ),
+    BadConfig("28-name", LISTEN + 'membership = "dns"\nname = "a b"', ("cluster.name: expected a host name",)),
+    BadConfig(
+        "replication-alone", MOUNT + "replication = { min = 1 }", ("mount /x: replication needs a table [cluster]",)
+    ),
+    BadConfig(
+        "replication-key",
+        MOUNT + "replication = { mni = 1 }",
+        ("unknown key 'mni' in replication; did you mean 'min'?",),
+    ),
+    BadConfig("replication-table", MOUNT + "replication = 2", ("replication: expected a table such as", "got 2")),
+    BadConfig(
+        "replication-order", MOUNT + "replication = { min = 3, max = 2 }", ("replication.min (3) is more than max (2)",)
+    ),
+    BadConfig(
+        "replication-zero", MOUNT + "replication = { min = 0 }", ("replication.min: expected a whole number from 1",)
+    ),
+    BadConfig(
+        "replication-max",
+        STATIC + "replicas = 3\n" + MOUNT + "replication = { max = 2 }",
+        ("mount /x: replication.max (2) is less than cluster.replicas (3)",),
+    ),
+]
+
+
 ROWS = [
     BadConfig("1-missing", None, ("config file not found: {file} (looked in {file}, named by ",)),
     BadConfig("2-syntax", '[cache]\nsize = "1GiB\n', ("{file}:2:", ": ")),
@@ -104,7 +193,7 @@ ROWS = [
     BadConfig("21-both", MOUNT + 'uris = ["s3://c/x"]', ("exactly one of the keys 'uri' and 'uris'",)),
     BadConfig("21-no-uris", '[[mount]]\npath = "/x"\nuris = []', ("uris: expected a list of 1 to 16 addresses",)),
     BadConfig("21-control", MOUNT.replace("/x", "/\\u0000x", 1), ("path: expected text that is not empty and",)),
-    BadConfig("later-cluster", '[cluster]\nlisten = "x"', ("[cluster] is not supported by this version yet",)),
+    *CLUSTER_ROWS,
     BadConfig("later-writes", MOUNT + 'write_policy = "through"', ("key 'write_policy' is not supported by this",)),
 ]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from orchestra import config_file
-from orchestra.config import Config, MountConfig, expand_variables, load_config
+from orchestra.cli.main import main
+from orchestra.config import ClusterConfig, Config, MountConfig, Replication, expand_variables, load_config
 from orchestra.config_mounts import format_freshness, looks_secret, parse_freshness_s, uri_without_password
 from orchestra.errors import ConfigError
 from orchestra.units import GIB, MIB
@@ -74,6 +75,67 @@ def test_the_example_of_the_design_is_read(tmp_path: Path) -> None:
     assert math.isinf(second.freshness_s)
 
 
+CLUSTER = """
+[cluster]
+listen = "10.0.0.1:7420"
+membership = "static"
+nodes = ["10.0.0.1:7420", "10.0.0.2:7420"]
+secret_file = "/etc/orchestra/secret"
+replicas = 2
+ufs_fallback = "fail"
+
+[[mount]]
+path = "/imagenet"
+uri = "s3://bucket/imagenet"
+replication = { min = 1, max = 4, passive = false }
+"""
+
+
+def test_the_cluster_of_the_design_is_read(tmp_path: Path) -> None:
+    """Every key of the table and of a mount's replication arrives; no table is no cluster."""
+    config = load(CLUSTER, tmp_path)
+    assert config.cluster == ClusterConfig(
+        listen="10.0.0.1:7420",
+        nodes=("10.0.0.1:7420", "10.0.0.2:7420"),
+        secret_file=Path("/etc/orchestra/secret"),
+        replicas=2,
+        ufs_fallback="fail",
+    )
+    assert config.mounts[0].replication == Replication(1, 4, False)
+    assert config_file.settings_of(config)["cluster.listen"] == "10.0.0.1:7420"
+    assert load(EXAMPLE, tmp_path).cluster is None
+
+
+def test_a_daemon_does_not_pretend_to_be_in_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Valid settings of a cluster end the daemon's start with one line, until it can do what they ask for."""
+    path = tmp_path / "cluster.toml"
+    path.write_text(f'[cache]\ndir = "{tmp_path}/cache"\n{CLUSTER}')
+    assert main(["--config", str(path), "daemon", "run"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"orchestra: {path}: the settings of [cluster] are valid, but this version's daemon")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_shared_file_gets_each_nodes_address_from_its_environment(tmp_path: Path) -> None:
+    """`listen` from a variable, IPv6 too; lists in variables are divided by commas; a Kubernetes service is no key."""
+    text = '[cluster]\nmembership = "dns"\nname = "orchestra.ns.svc"\nsecret_file = "/s"\n'
+    environ = {"ORCHESTRA_CLUSTER_LISTEN": "[fd00::1]:7420", "ORCHESTRA_CLUSTER_SERVICE_HOST": "10.1.1.1"}
+    cluster = load(text, tmp_path, environ).cluster
+    assert cluster is not None
+    assert (cluster.listen, cluster.name) == ("[fd00::1]:7420", "orchestra.ns.svc")
+    whole = {
+        "ORCHESTRA_CLUSTER_LISTEN": "127.0.0.1:7420",
+        "ORCHESTRA_CLUSTER_MEMBERSHIP": "etcd",
+        "ORCHESTRA_CLUSTER_ENDPOINTS": "http://127.0.0.1:2379, http://localhost:3379/",
+        "ORCHESTRA_CLUSTER_REPLICAS": "3",
+    }
+    cluster = load("", tmp_path, whole).cluster
+    assert cluster is not None
+    assert cluster.endpoints == ("http://127.0.0.1:2379", "http://localhost:3379")
+    assert (cluster.replicas, cluster.secret_file) == (3, None)
+
+
 def test_variables_in_options_are_kept_as_written(tmp_path: Path) -> None:
     """No secret is held by the settings: `${VAR}` is expanded when the mount is made."""
     options = load(EXAMPLE, tmp_path, {"AWS_SECRET_ACCESS_KEY": "do-not-hold-me"}).mounts[0].options
@@ -135,7 +197,8 @@ def test_variables_that_kubernetes_sets_are_not_settings() -> None:
 @pytest.mark.parametrize("table", sorted(config_file._TABLES))
 def test_every_setting_has_a_key(table: str) -> None:
     """Each field of a table's settings can be set from the file, and each key sets a field."""
-    field_names = set(getattr(load_config(environ={}), table).__dataclass_fields__)
+    cluster = {"ORCHESTRA_CLUSTER_LISTEN": "127.0.0.1:1", "ORCHESTRA_CLUSTER_NODES": "127.0.0.1:1"}
+    field_names = set(getattr(load_config(environ=cluster), table).__dataclass_fields__)
     assert {key.field for key in config_file._TABLES[table]} == field_names
 
 
