@@ -1,7 +1,7 @@
 """etcd's v3 JSON gateway: the few calls that membership needs, over connections of their own.
 
 Owns: endpoints in turn, timeouts, base64 and numbers as text. Leaves to others: keys, values and what follows (etcd).
-Why not a gRPC client: docs/cluster.md.
+Why not a gRPC client: docs/decisions/0005-etcd-gateway.md.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from orchestra.cluster.membership import (
     Disconnect,
     DrainAsked,
     Event,
+    LeaseState,
     Membership,
     PublishRing,
     Register,
@@ -81,4 +82,6 @@ class ClusterMember:
             self._is_asked.clear()
             errands, self._errands = self._errands, {}
             for errand in errands.values():
+                if isinstance(errand, Register) and self.membership.lease is not LeaseState.REGISTERING:
+                    continue  # the one before was answered while this one waited
                 await self._driver.perform(errand, self._take)

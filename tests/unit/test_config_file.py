@@ -136,6 +136,16 @@ def test_a_shared_file_gets_each_nodes_address_from_its_environment(tmp_path: Pa
     assert (cluster.replicas, cluster.secret_file) == (3, None)
 
 
+@pytest.mark.parametrize(("number", "membership"), [(1, "static"), (2, "dns"), (3, "etcd")])
+def test_the_documented_clusters_are_read(number: int, membership: str, tmp_path: Path) -> None:
+    """Each example in docs/cluster.md is accepted; the one for pods with the variable that it names."""
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    example = text.split("```toml\n")[number].split("```")[0]
+    cluster = load(example, tmp_path, {"ORCHESTRA_CLUSTER_LISTEN": "10.0.0.1:7420"}).cluster
+    assert cluster is not None
+    assert cluster.membership == membership
+
+
 def test_variables_in_options_are_kept_as_written(tmp_path: Path) -> None:
     """No secret is held by the settings: `${VAR}` is expanded when the mount is made."""
     options = load(EXAMPLE, tmp_path, {"AWS_SECRET_ACCESS_KEY": "do-not-hold-me"}).mounts[0].options

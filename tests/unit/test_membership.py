@@ -6,6 +6,10 @@ import random
 
 import pytest
 
+from orchestra.clock import ManualClock
+from orchestra.cluster.drivers import make_driver
+from orchestra.cluster.etcd import EtcdDriver
+from orchestra.cluster.liveness import Liveness
 from orchestra.cluster.membership import (
     REGISTER_AGAIN_S,
     Announce,
@@ -27,8 +31,10 @@ from orchestra.cluster.membership import (
     StopOwning,
     Tick,
 )
+from orchestra.cluster.probing import ProbingDriver
 from orchestra.cluster.records import NodeRecord, encode_record, parse_record
 from orchestra.cluster.ring import RingNode, ring_of
+from orchestra.config import ClusterConfig
 from orchestra.units import GIB
 from tests.support.simulated_etcd import TTL_S, World
 
@@ -250,6 +256,58 @@ def test_a_cluster_under_faults_agrees_and_comes_together(fixed_seed: int | None
         assert node.machine.lease is LeaseState.HELD
         assert node.machine.owns_until_s > world.now_s
     assert world.rings_published > len(world.nodes)
+
+
+def at(address: str, node_id: str) -> NodeRecord:
+    return NodeRecord(node_id, address, GIB)
+
+
+def test_a_node_is_lost_after_as_many_silent_probes_as_were_set_and_no_fewer() -> None:
+    """An answer between them begins the count anew; a node that was never there is not lost."""
+    liveness = Liveness(OWN, silent_max=2)
+    liveness.keep([OWN.address, "h:1", "h:2"])
+    assert liveness.to_probe == ("h:1", "h:2")
+    assert liveness.answered("h:1", at("h:1", "b")) == Changed(0, seen=(at("h:1", "b"),))
+    told = [liveness.silent("h:1"), liveness.answered("h:1", at("h:1", "b")), liveness.silent("h:1")]
+    assert told == [None, None, None]
+    assert liveness.silent("h:1") == Changed(0, lost=("b",))
+    assert [liveness.silent("h:2") for _ in range(3)] == [None] * 3
+
+
+def test_a_node_at_two_addresses_is_lost_when_both_are_silent_or_gone() -> None:
+    """A name may resolve to an IPv4 and an IPv6 address of one node."""
+    liveness = Liveness(OWN, silent_max=1)
+    liveness.keep(["h:1", "[::1]:1"])
+    for address in ("h:1", "[::1]:1"):
+        liveness.answered(address, at("h:1", "b"))
+    assert liveness.silent("h:1") is None
+    assert liveness.keep(["h:1"]) == Changed(0, lost=("b",))
+
+
+def test_another_node_at_an_address_takes_the_place_of_the_first() -> None:
+    """An address that was given to another node; and nobody is taken for this node itself."""
+    liveness = Liveness(OWN, silent_max=1)
+    liveness.keep(["h:1"])
+    liveness.answered("h:1", at("h:1", "b"))
+    assert liveness.answered("h:1", at("h:1", "c")) == Changed(0, seen=(at("h:1", "c"),), lost=("b",))
+    assert liveness.answered("h:1", at("h:1", OWN.node_id)) is None
+    assert liveness.answered("unknown:1", at("unknown:1", "d")) is None
+
+
+@pytest.mark.parametrize(
+    ("cluster", "kind"),
+    [
+        (ClusterConfig("127.0.0.1:1", nodes=("127.0.0.1:1",)), ProbingDriver),
+        (ClusterConfig("127.0.0.1:1", "dns", name="localhost"), ProbingDriver),
+        (ClusterConfig("127.0.0.1:1", "etcd", endpoints=("http://127.0.0.1:2379",)), EtcdDriver),
+    ],
+    ids=["static", "dns", "etcd"],
+)
+def test_the_settings_choose_the_driver(cluster: ClusterConfig, kind: type) -> None:
+    """Each word of `membership` has its driver; leases are etcd's alone."""
+    driver = make_driver(cluster, OWN, ManualClock())
+    assert isinstance(driver, kind)
+    assert driver.has_lease is (cluster.membership == "etcd")
 
 
 def test_a_record_survives_the_wire_and_garbage_does_not_come_in() -> None:
