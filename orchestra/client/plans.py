@@ -102,7 +102,9 @@ class PlanPublisher:
         return bool(self._send(self._moving, "POST", "/v1/plans/position", body)["known"])
 
     def end(self) -> None:
-        """Say that the reader will read no more. Never starts a daemon."""
+        """Say that the reader will read no more. Never starts a daemon; says nothing if nothing is known to it."""
+        if not self._sent:
+            return
         self._sent.clear()
         self._send(self._moving, "POST", "/v1/plans/end", {"plan": self.name})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,14 +175,11 @@ class PlannedSampler(Sampler[int]):
             running.delivered = min(running.length, (running.delivered or 0) + count)
 
     def close(self) -> None:
-        """Tell the node that nothing more will be read by this plan. Idempotent; another pass publishes anew."""
+        """Tell the node that nothing more will be read by this plan; also done when the sampler is let go of and when
+        the process ends. Idempotent; another pass publishes anew."""
         publisher, self._publisher = self._publisher, None
-        if publisher is not None and publisher.is_own:
-            try:
-                publisher.end()
-            except OrchestraError as error:
-                log.debug("the plan could not be ended: %s", error)
-            publisher.close()
+        if publisher is not None:
+            _end(publisher)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_publisher": None}
@@ -221,7 +219,9 @@ class PlannedSampler(Sampler[int]):
             raise UsageError(f"{stranger} lies neither in the namespace (orchestra:///...) nor in a mounted folder")
         if stranger is not None:
             log.info("some samples are not planned, such as %s, which lies outside of the namespace", stranger)
-        return PlanPublisher(load_config(self._config), paths)
+        publisher = PlanPublisher(load_config(self._config), paths)
+        weakref.finalize(self, _end, publisher)
+        return publisher
 
     def _tell(self, running: _Pass, offset: int) -> bool:
         """Say where the reader is; False once that has failed too often in this pass."""
@@ -237,6 +237,16 @@ class PlannedSampler(Sampler[int]):
             running.failures += 1
             log.debug("the reader's position could not be said: %s", error)
         return running.failures < _FAILURES_MAX
+
+
+def _end(publisher: PlanPublisher) -> None:
+    """End a plan of this process, if its daemon still runs."""
+    if publisher.is_own:
+        try:
+            publisher.end()
+        except (OrchestraError, OSError) as error:
+            log.debug("the plan could not be ended: %s", error)
+        publisher.close()
 
 
 def _followed(

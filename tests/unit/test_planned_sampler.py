@@ -4,6 +4,7 @@ the node says. The node here is none, or one in a thread; DataLoaders and ranks 
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 from collections.abc import Iterator
@@ -308,6 +309,19 @@ class TestWithNode:
             (status,) = node.node.plans.status()
             assert (status["position"], status["known_samples"]) == (self.COUNT, self.COUNT)
             sampler.close()
+            assert node.node.plans.status() == []
+
+    def test_a_sampler_that_is_let_go_of_ends_its_plan(self, tmp_path: Path, store: VersionedStore) -> None:
+        """A script that ends without a word leaves no plan behind; a copy that goes ends nothing of the original."""
+        config = config_at(tmp_path)
+        with thread_node(tmp_path, store) as node:
+            sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config)
+            list(sampler)
+            other = copy.copy(sampler)
+            del other
+            assert len(node.node.plans.status()) == 1
+            del sampler
+            gc.collect()
             assert node.node.plans.status() == []
 
     def test_few_messages_say_where_the_reader_is(self, tmp_path: Path, store: VersionedStore) -> None:
