@@ -59,31 +59,18 @@ READERS = 4
 
 
 class FolderMount(OrchestraMount):
-    """orchestra's mount of the bucket, and of the native folder below /native (for names only)."""
+    """orchestra's mount of the bucket."""
 
     workers = 1
 
-    def __init__(self, workspace: Path, origin_url: str, native: Path) -> None:
-        super().__init__(workspace, origin_url)
-        self.native = native
-
-    def start(self) -> None:
-        self.mode_words = ("--workers", str(self.workers))
-        super().start()
-        self.orchestra("mount", "add", "--freshness", "1h", "/native", f"file://{self.native}")
-
     def orchestra(self, *arguments: str) -> str:
         if arguments[:2] == ("fuse", "mount"):
-            arguments = (*arguments[:2], *self.mode_words, *arguments[2:])
+            arguments = (*arguments[:2], "--workers", str(self.workers), *arguments[2:])
         return super().orchestra(*arguments)
 
     @property
     def root(self) -> Path:
         return self.mountpoint / BUCKET
-
-    @property
-    def names_root(self) -> Path:
-        return self.mountpoint / "native"
 
 
 class AutoMount(FolderMount):
@@ -137,11 +124,6 @@ def root_of(contestant: Contestant) -> Path:
         return Path(contestant.root)
     assert isinstance(contestant, PeerMount)
     return contestant.mountpoint
-
-
-def names_root_of(contestant: Contestant) -> Path:
-    """Return the folder in which a contestant shows the files that are only listed and looked at."""
-    return contestant.names_root if isinstance(contestant, FolderMount) else root_of(contestant)
 
 
 # -- works: each takes the folder and returns how much it did --------------------------------------------------------
@@ -275,7 +257,6 @@ def turns(
     sizes: Sizes,
     count: int,
     *,
-    root: Callable[[Contestant], Path] = root_of,
     before: Callable[[Path, Sizes], None] | None = None,
 ) -> tuple[dict[str, Timings], float]:
     """Let each do the work `count` times, forwards and then backwards; return the timings and what a turn did."""
@@ -283,7 +264,7 @@ def turns(
     amount = 0.0
     for turn in range(count):
         for contestant in contestants if turn % 2 == 0 else reversed(contestants):
-            folder = root(contestant)
+            folder = root_of(contestant)
             if before is not None and not isinstance(contestant, Native):
                 before(folder, sizes)
             serving = cpu_seconds(contestant.serving())
@@ -427,15 +408,15 @@ class Report:
         if self.is_wanted("stat"):
             who = self.of(AutoMount, Loopback)
             for one in who:
-                prime(names_root_of(one), sizes)
-            result = turns(who, stat_all, sizes, self.options.turns, root=names_root_of)
+                prime(root_of(one), sizes)
+            result = turns(who, stat_all, sizes, self.options.turns)
             lines = _verdicts(("mount (auto) / native", ratio(result[0], AutoMount, Native), 0.9))
             self.publish(f"stat of {sizes.stat_count} primed entries", result, who, "entries/s", lines)
         if self.is_wanted("readdir"):
             who = self.of(AutoMount)
             for one in who:
-                list_all(names_root_of(one), sizes)
-            result = turns(who, list_all, sizes, self.options.turns, root=names_root_of)
+                list_all(root_of(one), sizes)
+            result = turns(who, list_all, sizes, self.options.turns)
             lines = _verdicts(("mount (auto) / native", ratio(result[0], AutoMount, Native), 0.3))
             self.publish(f"readdir of {sizes.listed_count} entries", result, who, "entries/s", lines)
 
@@ -452,12 +433,12 @@ def main() -> None:
     refuse_a_busy_machine(options.force or options.quick)
     state = machine_state()
     sizes = Sizes(64 * MIB, 300, 5_000, 20_000) if options.quick else Sizes(1024 * MIB, 5_000, 100_000, 1_000_000)
-    datasets = ["--dataset", f"big:1x{sizes.large}", "--dataset", f"small:{sizes.small_count}x{SMALL_SIZE}"]
-    with workspace() as folder, running_origin(*datasets) as origin, ExitStack() as stack:
-        native = Native(folder, origin.url, folder / "native")
+    with workspace() as folder, ExitStack() as stack:
+        native = Native(folder, "", folder / "native")
         make_native(native.root, sizes)
+        origin = stack.enter_context(running_origin("--folder", str(native.root)))
         everyone: list[Contestant] = [native]
-        everyone += [kind(folder, origin.url, native.root) for kind in (AutoMount, PagecacheMount, TwoWorkers)]
+        everyone += [kind(folder, origin.url) for kind in (AutoMount, PagecacheMount, TwoWorkers)]
         everyone += [kind(folder, origin.url, native.root) for kind in (Pyfuse3, Mfusepy, Bindfs)]
         everyone += [RcloneMount(folder, origin.url), S3fsFuse(folder, origin.url)]
         who = available(everyone, options.only)
