@@ -13,7 +13,7 @@ from orchestra.engine.engine import Access, Engine, Wanted
 from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.observe.access_ring import AccessNote
-from orchestra.prefetch.readahead import Stream
+from orchestra.prefetch.readahead import Streams
 from orchestra.values import ByteRange
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _STREAMS_MAX = 1024
 @dataclass(slots=True)
 class _Followed:
     wanted: Wanted
-    stream: Stream
+    streams: Streams
 
 
 class PrefetchRunner:
@@ -63,7 +63,7 @@ class PrefetchRunner:
         digest = bytes.fromhex(access.digest)
         followed = self._followed.get(digest)
         if followed is None:
-            followed = self._followed[digest] = _Followed(wanted, Stream())
+            followed = self._followed[digest] = _Followed(wanted, Streams())
             if len(self._followed) > _STREAMS_MAX:
                 self._followed.popitem(last=False)
         self._followed.move_to_end(digest)
@@ -72,7 +72,7 @@ class PrefetchRunner:
     def _advance(self, followed: _Followed, blocks: range) -> None:
         info = followed.wanted.info
         count = self._geometry.block_count(info.size_bytes)
-        ahead = followed.stream.read(blocks, count)
+        ahead = followed.streams.read(blocks, count)
         for block in ahead:
             # One task a block: each is a request of its own, and a failure of one says nothing of the others.
             block_range = self._geometry.block_range(info.size_bytes, block)

@@ -258,6 +258,17 @@ def test_what_does_not_fit_is_said_before_anything_is_fetched(tmp_path: Path, st
         assert not store.reads
 
 
+def test_what_is_pinned_is_no_room(tmp_path: Path, store: VersionedStore) -> None:
+    """Pinned files of others stay, so a load counts their space as taken."""
+    put_tree(store, 20)
+    with thread_node(tmp_path, store, cache={"size_bytes": 12 * BLOCK}) as node:
+        load(node, "/data/00")
+        node.run(node.node.space.pin("/data/00"))
+        job = load(node, "/data/01")
+        assert (job.state, job.message) == (JobState.FAILED, "needs 40.0 KiB, 8.0 KiB free: would hold 20 %")
+        assert load(node, "/data/01", partial=True).files_done == 2
+
+
 def test_a_partial_load_holds_what_fits_and_fetches_no_more(tmp_path: Path, store: VersionedStore) -> None:
     """As many files as there is room for are fetched, once each, and all of them are there in the end."""
     put_tree(store, 40)

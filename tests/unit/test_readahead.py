@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestra.prefetch.readahead import WINDOW_BLOCKS_MAX, Stream
+from orchestra.prefetch.readahead import STREAMS_MAX, WINDOW_BLOCKS_MAX, Stream, Streams
 
 
 def one(block: int) -> range:
@@ -86,3 +86,25 @@ def test_a_whole_read_is_asked_for_once_and_in_order(count: int, step: int) -> N
         asked += stream.read(range(start, min(start + step, count)), count)
     assert asked == sorted(set(asked))
     assert all(0 < block < count for block in asked)
+
+
+def test_readers_of_different_parts_are_told_apart() -> None:
+    """Eight readers that take turns, each going forward in its part, are each read ahead of with a full window, and no
+    block is asked for twice."""
+    streams = Streams()
+    asked: list[int] = []
+    for step in range(60):
+        for reader in range(STREAMS_MAX):
+            asked += streams.read(one(reader * 1000 + step), 10_000)
+    assert len(asked) == len(set(asked))
+    for reader in range(STREAMS_MAX):
+        part = [block for block in asked if reader * 1000 <= block < reader * 1000 + 1000]
+        assert max(part) >= reader * 1000 + 60, "ahead of the reader"
+        assert max(part) <= reader * 1000 + 60 + WINDOW_BLOCKS_MAX
+
+
+def test_random_reads_of_a_large_object_ask_for_next_to_nothing() -> None:
+    """Of a thousand reads at random in a million blocks none is taken for a stream."""
+    streams = Streams()
+    places = [(number * 7_919_317) % 1_000_000 for number in range(1, 1000)]
+    assert sum(len(streams.read(one(place), 1_000_000)) for place in places) == 0

@@ -112,7 +112,10 @@ class LoadRun:
                 charged += blocks.charge_of(info.size_bytes) - lacking
             job.files_total, job.bytes_total = files_total, bytes_total
         job.is_planned = True
-        free = blocks.statistics().used_bytes + blocks.room_bytes() - charged
+        held = blocks.statistics()
+        # Pinned files of others stay; which of the pinned are ours is not asked, they count as ours as far as they can.
+        others_pinned = max(0, held.pinned_bytes - charged)
+        free = held.used_bytes + blocks.room_bytes() - charged - others_pinned
         return Fit(missing, free, charged)
 
     def _touch(self, file: TreeFile) -> int:
