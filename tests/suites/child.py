@@ -42,15 +42,19 @@ class Recorder(unittest.TestResult):
         super().__init__()
         self._report = report
         self._before = 0
+        self._kind: type | None = None
+        self._kept: set[str] = set()
 
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
-        remove_leftovers()
+        if type(test) is not self._kind:  # what is there now was made for all tests of the class
+            self._kind, self._kept = type(test), set(os.listdir(work_folder()))
         self._before = opens_so_far()
 
     def stopTest(self, test: unittest.TestCase) -> None:
         super().stopTest(test)
         self._note(test, "passed", "")
+        remove_all_but(self._kept)
 
     def addError(self, test: Any, err: Any) -> None:
         super().addError(test, err)
@@ -95,10 +99,11 @@ class Plugin:
         self._before = opens_so_far()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        old = self._report.get(report.nodeid, ("passed", 0, ""))
+        name = report.nodeid.partition("::")[2]  # what comes before depends on where the package lies
+        old = self._report.get(name, ("passed", 0, ""))
         outcome = report.outcome if old[0] == "passed" else old[0]
         detail = last_line(report.longreprtext) if report.failed and not old[2] else old[2]
-        self._report[report.nodeid] = (outcome, opens_so_far() - self._before, detail)
+        self._report[name] = (outcome, opens_so_far() - self._before, detail)
 
 
 def last_line(text: str) -> str:
@@ -108,11 +113,15 @@ def last_line(text: str) -> str:
     return (errors or lines or [""])[-1].strip()[:DETAIL_CHARACTERS_MAX]
 
 
-def remove_leftovers() -> None:
-    """Empty the folder of this run, in the store: a test that failed must not take the next ones with it."""
-    folder = Path(os.environ["WRITE_BEHIND_STORE"]) / Path(os.environ["TMPDIR"]).name
-    for path in folder.iterdir():
-        if path.name == "keep":
+def work_folder() -> Path:
+    """Where this run's folder of the mount lies in the store."""
+    return Path(os.environ["WRITE_BEHIND_STORE"]) / Path(os.environ["TMPDIR"]).name
+
+
+def remove_all_but(kept: set[str]) -> None:
+    """Remove what a test left behind: if it failed, it must not take the next ones with it."""
+    for path in work_folder().iterdir():
+        if path.name in kept:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -129,12 +138,25 @@ def tests_in(suite: Any) -> Iterator[unittest.TestCase]:
             yield from tests_in(part)
 
 
+def lay_out_pytables() -> None:
+    """Have PyTables find the files that come with its tests on the mount; they are copied when they are asked for."""
+    common = importlib.import_module("tables.tests.common")
+    packaged = common.test_filename
+
+    def on_the_mount(name: str) -> str:
+        return str(shutil.copy(packaged(name), Path.cwd() / "keep"))
+
+    vars(common)["test_filename"] = on_the_mount
+
+
 def run_unittests(report: Report, left_out: str, names: list[str]) -> None:
     """Run modules, classes or methods, each module by its own `suite` or `load_tests` where it has one."""
     # Gigabytes of disk, processor or network are not what is tested here.
     vars(importlib.import_module("test.support"))["use_resources"] = []
     loader = unittest.TestLoader()
     for name in names:
+        if name.startswith("tables."):
+            lay_out_pytables()
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError:

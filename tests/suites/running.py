@@ -88,9 +88,9 @@ class Outcome:
 def run_suite(site: Site, library: Path, kind: str, names: Sequence[str], *, left_out: str = "") -> dict[str, Outcome]:
     """Run tests (see child.py) in a folder of the mount, with `library` sending their writes to the store."""
     work = f"work-{len(os.listdir(site.store))}"
-    (site.store / work).mkdir()
     # A store has no empty folders: one that holds nothing cannot be entered.
-    (site.store / work / "keep").touch()
+    (site.store / work / "keep").mkdir(parents=True)
+    (site.store / work / "keep" / "file").touch()
     report, count = site.root / f"{work}.json", site.root / f"{work}.count"
     count.write_bytes(bytes(8))
     folder = str(site.mount / work)
@@ -100,6 +100,8 @@ def run_suite(site: Site, library: Path, kind: str, names: Sequence[str], *, lef
         "WRITE_BEHIND_STORE": str(site.store),
         "WRITE_BEHIND_COUNT": str(count),
         "TMPDIR": folder,
+        "SUITE_ROOT": str(site.root),
+        "PYTHONPATH": str(HERE.parents[1]),
     }
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
@@ -131,8 +133,9 @@ def known_failures(suite: str) -> dict[str, str]:
     return known
 
 
-def judge(suite: str, outcomes: dict[str, Outcome], *, proofs_min: int) -> None:
-    """Fail unless exactly the known failures failed, and `proofs_min` tests that passed read through the mount."""
+def judge(suite: str, outcomes: dict[str, Outcome], *, proofs_min: int = 0, passed_min: int = 0) -> None:
+    """Fail unless exactly the known failures failed, at least `passed_min` tests passed, and `proofs_min` of those
+    that passed opened files on the mount."""
     counts = Counter(outcome.result for outcome in outcomes.values())
     proofs = sum(outcome.result == "passed" and outcome.opens > 0 for outcome in outcomes.values())
     print(f"{suite}: {dict(counts)}, {proofs} of those passed opened files on the mount")
@@ -142,4 +145,5 @@ def judge(suite: str, outcomes: dict[str, Outcome], *, proofs_min: int) -> None:
     assert not surprises, "failed, and not known:\n" + "\n".join(surprises)
     stale = [name for name in known if name not in failed]
     assert not stale, f"in {KNOWN_FAILURES.name}, and did not fail:\n" + "\n".join(stale)
+    assert counts["passed"] >= passed_min, f"only {counts['passed']} tests passed"
     assert proofs >= proofs_min, f"only {proofs} tests that passed read anything through the mount"

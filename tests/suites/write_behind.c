@@ -169,23 +169,23 @@ int renameat(int dirfd, const char *path, int target_dirfd, const char *target) 
         dirfd, behind(dirfd, path, to), target_dirfd, behind(target_dirfd, target, target_to));
 }
 
-/* A store holds no links; and one that leads into the mount would have the daemon wait for itself. */
 int link(const char *path, const char *target) {
-    char from[2 * PATH_MAX];
-    if (below(AT_FDCWD, target, from)) { errno = EPERM; return -1; }
-    return NEXT(int (*)(const char *, const char *), "link")(path, target);
+    char to[4 * PATH_MAX], target_to[4 * PATH_MAX];
+    return NEXT(int (*)(const char *, const char *), "link")(
+        behind(AT_FDCWD, path, to), behind(AT_FDCWD, target, target_to));
 }
 
+int linkat(int dirfd, const char *path, int target_dirfd, const char *target, int flags) {
+    char to[4 * PATH_MAX], target_to[4 * PATH_MAX];
+    return NEXT(int (*)(int, const char *, int, const char *, int), "linkat")(
+        dirfd, behind(dirfd, path, to), target_dirfd, behind(target_dirfd, target, target_to), flags);
+}
+
+/* A store holds no symbolic links; and one that leads into the mount would have the daemon wait for itself. */
 int symlink(const char *text, const char *path) {
     char from[2 * PATH_MAX];
     if (below(AT_FDCWD, path, from)) { errno = EPERM; return -1; }
     return NEXT(int (*)(const char *, const char *), "symlink")(text, path);
-}
-
-int linkat(int dirfd, const char *path, int target_dirfd, const char *target, int flags) {
-    char from[2 * PATH_MAX];
-    if (below(target_dirfd, target, from)) { errno = EPERM; return -1; }
-    return NEXT(int (*)(int, const char *, int, const char *, int), "linkat")(dirfd, path, target_dirfd, target, flags);
 }
 
 int symlinkat(const char *text, int dirfd, const char *path) {
