@@ -212,7 +212,7 @@ def killed(folder: Path, options: argparse.Namespace, state: str, count: int) ->
     lines = [
         f"- killed after {had} of {count} objects; the next daemon ended the same job: {ended['state']}, "
         f"{ended['files_done']} files",
-        f"- requests in all: {requests}; sent to their end twice: {again} objects, {100 * again / had:.2f} % of what it had",
+        f"- requests in all: {requests}; objects sent to their end twice: {again} ({again / had:.2%} of what it had)",
         verdict("share of what it had that was not sent again", 1 - again / had, 0.99),
     ]
     publish(f"Load: {count} objects of 50 kB, daemon killed half way", lines, options, state)
