@@ -26,7 +26,7 @@ from orchestra.client.process import daemon_status, start_daemon, stop_daemon
 from orchestra.config import load_config
 
 SHARES = (0.1, 0.35, 0.5, 0.8)
-EPOCHS = 5
+EPOCHS = 4
 SKEWS = (0.7, 0.9, 1.1)
 SKEWED_SHARES = (0.01, 0.1)
 FILE_SIZE_BYTES = 16384
@@ -233,7 +233,7 @@ def main() -> None:
     """Count, and publish."""
     options = common_arguments("Hit ratios of the eviction policies.").parse_args()
     state = machine_state()
-    count, real_count = (2000, 500) if options.quick else (20_000, 4000)
+    count, real_count = (2000, 500) if options.quick else (10_000, 2000)
     epoch_rows, epoch_verdicts = epoch_lines(count)
     skewed_rows, skewed_verdicts = skewed_lines(count)
     with workspace() as folder:
