@@ -35,7 +35,7 @@ def test_stressor(site: Site, library: Path, stressor: str, tmp_path: Path) -> N
     count = tmp_path / "count"
     count.write_bytes(bytes(8))
     folder = str(site.mount / name)
-    options = [f"--{stressor}", "1", f"--{stressor}-ops", "50", "--timeout", "20", "--verify", "--temp-path", folder]
+    options = [f"--{stressor}", "1", f"--{stressor}-ops", "50", "--timeout", "5", "--verify", "--temp-path", folder]
     if stressor == "fstat":
         options += ["--fstat-dir", folder]
     environment = site.environment | {
