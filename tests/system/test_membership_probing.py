@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import pytest
@@ -125,3 +127,20 @@ async def test_the_systems_resolver_is_asked() -> None:
         system_addresses("does-not-exist.invalid", 7420)
     addresses = await resolved("127.0.0.1", 7420)()
     assert list(addresses) == ["127.0.0.1:7420"]
+
+
+async def test_membership_does_not_wait_for_threads_that_are_busy_with_data() -> None:
+    """With every default thread of the loop taken, the name is resolved and the peer is probed all the same."""
+    loop = asyncio.get_running_loop()
+    held = threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        loop.set_default_executor(busy)
+        try:
+            taken = [loop.run_in_executor(None, held.wait) for _ in range(3)]
+            async with peer("b") as served:
+                driver = ProbingDriver(OWN, resolved("n", 1, lambda name, port: [served.address]), SETTINGS)
+                async with running(OWN, driver) as member:
+                    await member.wait_for_names("a", "b")
+            assert not any(one.done() for one in taken)
+        finally:
+            held.set()
