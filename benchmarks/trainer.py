@@ -9,6 +9,7 @@ Owns: the loops and each library's few lines. Leaves to others: what is read (ov
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -151,6 +152,8 @@ def webdataset_shards(setup: dict[str, Any], train: Train) -> Callable[[int], An
 def litdata_shards(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
     """litdata's chunks, its dataset and its DataLoader."""
     litdata = importlib.import_module("litdata")
+    # Its client refuses plain HTTP and has no option for it; the origin speaks nothing else.
+    importlib.import_module("litdata.streaming.downloader")._OBSTORE_CLIENT_OPTIONS["allow_http"] = True
     dataset = litdata.StreamingDataset(
         setup["uri"], cache_dir=setup["cache"], shuffle=True, storage_options=setup["storage_options"]
     )
@@ -183,16 +186,20 @@ def mosaic_shards(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
 
 
 def import_streaming() -> Any:
-    """Import mosaicml-streaming; two names of transformers stand in for 100 MB that it only compares types with."""
+    """Import mosaicml-streaming's own part: its package also imports torchvision and transformers, which bring CUDA and
+    100 MB; two names of transformers that it compares types with are made up."""
     for name, word in (("feature_extraction_utils", "BatchFeature"), ("tokenization_utils_base", "BatchEncoding")):
         stub = types.ModuleType(f"transformers.{name}")
         setattr(stub, word, type(word, (), {}))
         sys.modules.setdefault("transformers", types.ModuleType("transformers"))
         sys.modules[f"transformers.{name}"] = stub
-    tokenization = types.ModuleType("transformers.models.auto.tokenization_auto")
-    tokenization.AutoTokenizer = object  # type: ignore[attr-defined]
-    sys.modules.setdefault("transformers.models.auto.tokenization_auto", tokenization)
-    return importlib.import_module("streaming")
+    found = importlib.util.find_spec("streaming")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("mosaicml-streaming is not installed")
+    package = types.ModuleType("streaming")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["streaming"] = package
+    return importlib.import_module("streaming.base")
 
 
 def pack(setup: dict[str, Any]) -> None:
