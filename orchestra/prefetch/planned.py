@@ -286,6 +286,10 @@ class PlanRunner:
             plan, steps = due[most_urgent(one.frontier - one.position for one, _ in due)]
             for step in steps:
                 self._look(plan, step)
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """In the loop's next turn, once for all that ends in this one."""
         if not self._is_pumping:
             self._is_pumping = True
             asyncio.get_running_loop().call_soon(self._pump_on)
@@ -347,9 +351,10 @@ class PlanRunner:
             if found.kind is not EntryKind.FILE:
                 raise UsageError(f"not a file: {path}")
             wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
+            evicted_count = self._evicted_count()  # before it is looked whether the file is here
             missing_bytes = self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
-            evicted_count = self._evicted_count()
-            if found.size_bytes and not await self._engine.ensure(wanted, Priority.PLAN):
+            # What the accounts hold is not looked at: after a reboot its first reader has it verified.
+            if missing_bytes and not await self._engine.ensure(wanted, Priority.PLAN):
                 plan.no_room.append(entry)
             else:
                 plan.fetched += bool(missing_bytes)
@@ -362,7 +367,7 @@ class PlanRunner:
             log.info("ahead of plan %s: %s", plan.name, error)
         finally:
             plan.in_flight -= 1
-            self._pump()
+            self._pump_soon()
 
     def _settle(self, plan: _Plan, entry: _Ahead, digest: str, size_bytes: int) -> int:
         """The file's size and extents are known now. Returns what of it is missing: only that is ahead of the reader
