@@ -15,10 +15,9 @@ pytestmark = [pytest.mark.system, pytest.mark.suites, pytest.mark.slow, needs_fu
 
 # Module, and how many of its tests must have passed with a file of the mount open, at least.
 MODULES = [
-    ("pyarrow.tests.test_io", 15),
-    ("pyarrow.tests.parquet.test_parquet_file", 3),
-    ("pyarrow.tests.test_feather", 3),
-    ("pyarrow.tests.test_feather", 30),
+    ("pyarrow.tests.test_io", 35),
+    ("pyarrow.tests.parquet.test_parquet_file", 6),
+    ("pyarrow.tests.test_feather", 70),
 ]
 
 
