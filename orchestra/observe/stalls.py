@@ -1,12 +1,12 @@
 """What readers waited for: counted where it happens, divided by cause, and one sentence of advice.
 
 Owns: the causes, sums of waiting since the start and by the minute, how a training step's wait is divided, the advice;
-all of it pure but for the table, which adds numbers. Leaves to others: measuring (engine, fetch, api, torch/watching) and
-showing (cli/stalls).
+all of it pure but for the table, which adds numbers. Leaves to others: measuring (engine, fetch, daemon/api,
+torch/watching) and showing (cli/stalls).
 
 What counts as waiting: a flight that some reader asked for, from then on until it landed. Queue: until the budget of
 bytes in flight let it go; store: until the store's answer was whole; disk: until it was published. Metadata: look-ups
-and listings that had to ask. Four clock reads a miss.
+and listings that had to ask. Five clock reads a miss.
 """
 
 from __future__ import annotations
