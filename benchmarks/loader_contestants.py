@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,8 @@ HERE = Path(__file__).resolve().parent
 SIZE = 110_000
 LOADER = {"batch_size": 32, "num_workers": 2}
 SHARD_FILES = 50
+# The slowest peer needs 40 s for an epoch; litdata was seen to hang now and then.
+LOAD_TIMEOUT_S = 180
 
 
 class LoaderFailedError(Exception):
@@ -52,17 +55,9 @@ class LoaderMixin:
         """Load each file once; end with a sentence unless all came (and, when asked, hold what they should)."""
         method, setup = self.loader_setup()
         request = {"method": method, "setup": setup, "names": list(names), "loader": LOADER, "check": check}
-        ended = subprocess.run(
-            [sys.executable, str(HERE / "loader_reader.py")],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=self.environment_of_reader(),
-            timeout=600,
-        )
-        if ended.returncode != 0:
-            raise LoaderFailedError(f"{self.name} failed: {ended.stderr.strip()[-2000:]}")
-        answer: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        command = [sys.executable, str(HERE / "loader_reader.py")]
+        output = run_group(command, json.dumps(request), self.environment_of_reader(), self.name)
+        answer: dict[str, Any] = json.loads(output.splitlines()[-1])
         if answer["files"] != len(names):
             raise LoaderFailedError(f"{self.name} loaded {answer['files']} files instead of {len(names)}")
         if check and answer["byte_sum"] != sum(expected_bytes(one, 0, 1)[0] for one in names):
@@ -199,6 +194,28 @@ class LitDataLoader(ConvertedLoader):
             "    optimize(sample, names, sys.argv[2], chunk_bytes='32MB', num_workers=1, start_method='fork')\n"
         )
         _convert(script, self.folder / "shards", names)
+
+
+def run_group(command: Sequence[str], text: str, environment: dict[str, str], name: str) -> str:
+    """Run a command with its children as one group, so that a loader that hangs is ended with all its workers; return
+    what it printed. Raises LoaderFailedError."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, complaints = process.communicate(text, timeout=LOAD_TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise LoaderFailedError(f"{name} hangs: nothing for {LOAD_TIMEOUT_S} s") from error
+    if process.returncode != 0:
+        raise LoaderFailedError(f"{name} failed: {complaints.strip()[-2000:]}")
+    return output
 
 
 def _convert(program: str | Path, folder: Path, names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -198,16 +199,27 @@ def take_turns(contestants: Sequence[Any], works: Sequence[Sequence[str]], *, co
                 drop_page_cache()
             whole = isinstance(contestant, ConvertedLoader)  # its shards are what they are
             part = names if whole else names[: max(64, int(len(names) * contestant.share))]
-            rates[contestant.name].append(len(part) / contestant.load(part)["seconds"])
+            try:
+                rates[contestant.name].append(len(part) / contestant.load(part)["seconds"])
+            except LoaderFailedError as error:
+                print(error, file=sys.stderr)
+                rates[contestant.name].append(math.nan)
             print(f"  {contestant.name}: {rates[contestant.name][-1]:.0f} files/s", file=sys.stderr)
     return rates
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median of the turns that succeeded, 0 if none did; a failed turn is a NaN."""
+    done = [value for value in values if not math.isnan(value)]
+    return statistics.median(done) if done else 0.0
 
 
 def files_table(rates: dict[str, list[float]]) -> list[str]:
     """Return a Markdown table of the medians, the fastest first."""
     lines = ["| | files/s | MB/s | turns |", "|---|---:|---:|---|"]
-    for name in sorted(rates, key=lambda one: -statistics.median(rates[one])):
-        rate = statistics.median(rates[name])
+    medians = {name: median(found) for name, found in rates.items()}
+    for name in sorted(rates, key=lambda one: -medians[one]):
+        rate = medians[name]
         turns = " ".join(f"{one:.0f}" for one in rates[name])
         lines.append(f"| {name} | {rate:.0f} | {rate * SIZE / 1e6:.0f} | {turns} |")
     return lines
@@ -217,7 +229,7 @@ def ahead(rates: dict[str, list[float]], others: Sequence[str]) -> list[str]:
     """Return a verdict for each of the others."""
     ours = rates[OURS]
     pairs = ((other, zip(ours, rates[other], strict=True)) for other in others if other in rates)
-    return [verdict(f"{OURS} / {other}", statistics.median(a / b for a, b in both), 1) for other, both in pairs]
+    return [verdict(f"{OURS} / {other}", median([a / b for a, b in both]), 1) for other, both in pairs]
 
 
 def able(peers: Sequence[Any], names: Sequence[str], missing: list[str]) -> list[Any]:
