@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.tests.conftest import builtin_pickle, cloudpickle, pickle_module  # noqa: F401 - fixtures
 from pyarrow.tests.test_fs import (  # noqa: F401 - collected here
     allow_append_to_file,
     allow_move_dir,
