@@ -93,6 +93,7 @@ def assemble(
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
     nothing: MountTable[OpenedMount] = MountTable([])
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
+
     space = _space_admin(layout, blocks, clock)
     mounts = MountAdmin(
         config,
