@@ -48,12 +48,15 @@ class Suite(StoreTests[Any, cpu.Buffer]):
         return self.buffer_cls.from_bytes(self.behind(store, key).read_bytes())
 
     def test_store_repr(self, store: Any) -> None:
+        """A store shows where it lies."""
         assert "zarr-" in repr(store)
 
     def test_store_supports_writes(self, store: Any) -> None:
+        """zarr takes the store for one that can write, which here is true of what is behind it."""
         assert store.supports_writes
 
     def test_store_supports_listing(self, store: Any) -> None:
+        """zarr takes the store for one that can list."""
         assert store.supports_listing
 
 
