@@ -34,6 +34,8 @@ Answer = TypeVar("Answer")
 
 # As many as a disk array or NFS mount has use for; a read beyond it waits its turn.
 THREADS_MAX = 32
+# As many as Linux follows.
+_LINKS_MAX = 40
 _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO})
 _DENIED = frozenset({errno.EACCES, errno.EPERM})
 _STALE = frozenset({errno.ESTALE})
@@ -70,10 +72,15 @@ class LocalStore:
         async def fetch_page(
             scan: Iterator[os.DirEntry[str]] | None,
         ) -> tuple[ListPage, Iterator[os.DirEntry[str]] | None]:
-            if scan is None:
-                scan = await self._run(self._scan, prefix, operation)
-                scans.append(scan)
-            return await self._run(self._page, scan, prefix, operation)
+            if scan is not None:
+                return await self._run(self._page, scan, prefix, operation)
+            scan = await self._run(self._scan, prefix, operation)
+            scans.append(scan)
+            page, following = await self._run(self._page, scan, prefix, operation)
+            if prefix and hasattr(scan, "close") and not (page.objects or page.prefixes):
+                # An empty folder is there: said as object stores do, by an object of the prefix's own name.
+                page = ListPage((ObjectInfo(prefix, 0, 0, weak_version(0, 0)),), ())
+            return page, following
 
         def close() -> None:
             for scan in scans:
@@ -125,9 +132,12 @@ class LocalStore:
         if key.endswith("/"):
             raise NotFoundError(operation.failed("no such file"))
         # O_NONBLOCK: opening a FIFO must not wait for its writer.
-        path = self._path(key, operation)
+        self._path(key, operation)
         try:
+            path = self._resolved(key, operation)
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        except OrchestraError:  # ours are OSErrors too
+            raise
         except OSError as error:
             raise self._not_found(error, operation) from error
         try:
@@ -146,13 +156,48 @@ class LocalStore:
     def _real_root(self) -> str:
         return os.path.realpath(self._root).rstrip("/") + "/"
 
+    def _resolved(self, key: str, operation: Operation) -> str:
+        """Return the path that `key` leads to, link by link, without touching what lies outside the root: a link may
+        lead into a mount of this very daemon, where even a look would wait for ourselves.
+
+        Raises AccessDeniedError for a way out, OSError as stat would.
+        """
+        root = self._real_root().rstrip("/")
+        here, links = root, 0
+        ahead = key.split("/")[::-1]
+        while ahead:
+            name = ahead.pop()
+            if name in ("", "."):
+                continue
+            if name == "..":
+                here = here.rpartition("/")[0]
+                self._check_inside(here, operation)
+                continue
+            try:
+                target = os.readlink(f"{here}/{name}")
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # EINVAL: no link
+                    raise
+                here = f"{here}/{name}"
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if target.startswith("/"):
+                target = os.path.normpath(target)
+                given = self._root.rstrip("/")
+                inside = given if f"{target}/".startswith(f"{given}/") else root
+                self._check_inside(root + target[len(inside) :] if target.startswith(inside) else target, operation)
+                here, target = root, target[len(inside) :]
+            ahead += target.split("/")[::-1]
+        return here
+
     def _head(self, key: str, operation: Operation) -> ObjectInfo:
         try:
-            path = self._path(key, operation)
-            result = os.stat(path)
+            self._path(key, operation)
+            result = os.stat(self._resolved(key, operation), follow_symlinks=False)
             if not stat.S_ISREG(result.st_mode) or key.endswith("/"):
                 raise NotFoundError(operation.failed("not a regular file"))
-            self._check_inside(os.path.realpath(path), operation)
         except OrchestraError:  # ours are OSErrors too
             raise
         except OSError as error:
@@ -183,9 +228,7 @@ class LocalStore:
         if prefix and ("\0" in prefix or any(part in ("", ".", "..") for part in prefix[:-1].split("/"))):
             return iter(())
         try:
-            if prefix:
-                self._check_inside(os.path.realpath(self._root + prefix), operation)
-            return os.scandir(self._root + prefix)
+            return os.scandir(self._resolved(prefix, operation) if prefix else self._root)
         except OrchestraError:
             raise
         except OSError as error:
@@ -229,8 +272,9 @@ class LocalStore:
 
     def _may_follow(self, key: str) -> bool:
         """Whether a link stays below the root and does not lead to a folder on the way to it (a loop)."""
-        real = os.path.realpath(self._root + key) + "/"
-        if not real.startswith(self._real_root()):
+        try:
+            real = self._resolved(key, Operation("look up", key, self._label)) + "/"
+        except OSError:  # leads out (AccessDeniedError is one), to nothing, or to itself
             return False
         on_the_way = [self._root + key[:at] for at, character in enumerate(key) if character == "/"] + [self._root]
         return all(os.path.realpath(folder) + "/" != real for folder in on_the_way)

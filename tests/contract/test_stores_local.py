@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from orchestra.errors import AccessDeniedError, NotFoundError, StaleObjectError, StoreError, StoreUnavailableError
 from orchestra.stores.local import LocalStore
 from orchestra.testing.under_store import list_all, read_all
-from orchestra.values import ByteRange
+from orchestra.values import ByteRange, ObjectInfo
 
 
 @pytest.fixture
@@ -216,3 +216,40 @@ async def test_a_root_that_is_gone_is_not_an_empty_one(store: LocalStore, folder
             await question
     folder.with_name("away").rename(folder)
     assert await read_all(store, info) == b"bytes"
+
+
+async def test_an_empty_folder_is_there(store: LocalStore, folder: Path) -> None:
+    """It is listed in its parent, and its own listing says that it is more than nothing; a missing one is nothing."""
+    (folder / "empty").mkdir()
+    assert (await list_all(store, "")).prefixes == ["empty/"]
+    assert [(info.key, info.size_bytes) for info in (await list_all(store, "empty/")).objects] == [("empty/", 0)]
+    missing = await list_all(store, "missing/")
+    assert (missing.objects, missing.prefixes) == ([], [])
+
+
+async def test_nothing_outside_is_touched_on_the_way(
+    store: LocalStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link may lead into a mount of this very node, where a look would wait for ourselves: none is made."""
+    outside = folder.parent / "mount"
+    outside.mkdir()
+    (folder / "straight").symlink_to(outside / "file")
+    (folder / "roundabout").symlink_to("../mount/../root/file")
+    (folder / "file").write_bytes(b"bytes")
+    touched: list[str] = []
+    for name in ("stat", "lstat", "readlink", "open", "scandir"):
+        real = getattr(os, name)
+
+        def noting(path: object, *arguments: object, real: Callable[..., object] = real, **named: object) -> object:
+            touched.append(str(path))
+            return real(path, *arguments, **named)
+
+        monkeypatch.setattr(os, name, noting)
+    for name in ("straight", "roundabout"):
+        with pytest.raises(AccessDeniedError, match="leads out of the folder"):
+            await store.head(name)
+        with pytest.raises(AccessDeniedError, match="leads out of the folder"):
+            await store.read(ObjectInfo(name, 5, 0, "v"), ByteRange(0, 5))
+    assert [info.key for info in (await list_all(store, "")).objects] == ["file"]
+    assert touched
+    assert [path for path in touched if path.startswith(str(outside))] == []
