@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -308,6 +309,6 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 BlockMachine.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestBlocksBesideADict = BlockMachine.TestCase
+TestBlocksBesideADict = pytest.mark.timeout(300)(BlockMachine.TestCase)

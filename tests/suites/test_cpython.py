@@ -9,6 +9,8 @@ test_tempfile), which a read-only folder cannot pass, and files of gigabytes (te
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,9 +42,20 @@ ALL = [
 LEFT_OUT = "daemon_threads_shutdown|Signals|testOpenDel|tarfile.*([Ee]xtract|Filter|[Ll]ink|WriteTest)"
 
 
+def need(module: str) -> None:
+    """Skip where the interpreter comes without its tests."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"{sys.executable} has no {module}; Debian keeps it in libpython3.11-testsuite")
+
+
 @pytest.mark.parametrize(("module", "proofs_min"), QUICK)
 def test_the_quick_ones(site: Site, library: Path, module: str, proofs_min: int) -> None:
     """Each test of the module passes, or is known not to."""
+    need(module)
     judge(module, run_suite(site, library, "unittest", [module], left_out=LEFT_OUT), proofs_min=proofs_min)
 
 
@@ -50,4 +63,5 @@ def test_the_quick_ones(site: Site, library: Path, module: str, proofs_min: int)
 @pytest.mark.parametrize(("module", "proofs_min"), ALL)
 def test_all(site: Site, library: Path, module: str, proofs_min: int) -> None:
     """As above for archives, compressed files, imports from archives and small data bases."""
+    need(module)
     judge(module, run_suite(site, library, "unittest", [module], left_out=LEFT_OUT), proofs_min=proofs_min)

@@ -165,7 +165,11 @@ def test_a_load_is_stopped(node: DaemonNode, origin: OriginProcess) -> None:
 def test_ctrl_c_leaves_the_load_running(node: DaemonNode) -> None:
     """Who stops waiting is told how to stop the load, which goes on."""
     with subprocess.Popen(
-        command(node, "load", "--wait", "--bandwidth", "1200kB/s", "/data/set"), stderr=subprocess.PIPE, text=True
+        command(node, "load", "--wait", "--bandwidth", "1200kB/s", "/data/set"),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, and so their children, begin with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as load:
         assert load.stderr is not None
         first = load.stderr.readline()
