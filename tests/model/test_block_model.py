@@ -118,8 +118,8 @@ class BlockMachine(RuleBasedStateMachine):
 
     @rule(blocks=st.integers(0, 16))
     def fill_disk(self, blocks: int) -> None:
-        """Others take space, or give it back."""
-        self.others_bytes = blocks * BLOCK
+        """Others take space, no more than there is, or give it back."""
+        self.others_bytes = min(blocks * BLOCK, DISK - self.cache.accounts.used_bytes)
         self.cache.store.keep_limits()
 
     @rule(name=NAMES)
