@@ -43,7 +43,7 @@ class MissStream:
                     entry.path.encode()
                 except UnicodeEncodeError:  # a name that is no UTF-8: the other route carries it
                     return False
-            line = json.dumps((serial, entry.path, entry.version, handle.digest_hex, entry.size_bytes, start, stop, 0))
+            line = json.dumps((serial, entry.path, entry.version, handle.digest_hex, entry.size_bytes, start, stop))
             lines.append(f"{line}\n".encode())
         message = b"".join(lines)
         self._is_begun = True

@@ -17,7 +17,7 @@ from orchestra.errors import OrchestraError, UsageError, http_status_of, to_wire
 
 log = logging.getLogger(__name__)
 
-# The largest body is a list of paths (ensure_many): a batch of 10,000 long ones.
+# The largest body is a list of paths (a load of a list): 10,000 long ones.
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

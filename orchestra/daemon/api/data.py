@@ -11,20 +11,16 @@ from aiohttp import web
 from orchestra.daemon.api.context import NODE, answer, body_of, typed
 from orchestra.daemon.assembly import Node
 from orchestra.engine.engine import Wanted
-from orchestra.errors import OrchestraError, UsageError, to_wire
+from orchestra.errors import OrchestraError, UsageError
 from orchestra.metadata.records import RecordEntry
-from orchestra.values import ByteRange, EntryKind
+from orchestra.values import ByteRange
 
 log = logging.getLogger(__name__)
-
-# Paths of one ensure_many fetched at the same time; the stores' own limits are what counts in the end.
-_MANY_AT_ONCE = 256
 
 
 def add_routes(app: web.Application) -> None:
     """Add the routes to `app`."""
     app.router.add_post("/v1/ensure", ensure)
-    app.router.add_post("/v1/ensure_many", ensure_many)
     app.router.add_post("/v1/stat", stat)
     app.router.add_post("/v1/list", list_directory)
     app.router.add_post("/v1/read", read)
@@ -74,27 +70,6 @@ async def ensure_body(node: Node, body: dict[str, Any]) -> dict[str, Any]:
         node.prefetch.ahead(node.prefetch.rest_of(wanted, ahead_stop))
         return {"kept": await waited}
     return {"kept": await node.engine.ensure(wanted, suspect=suspect)}
-
-
-async def ensure_many(request: web.Request) -> web.Response:
-    """POST {paths} -> {errors: [{path, code, message}]}: the current versions of whole objects are present now."""
-    body = await body_of(request)
-    node = request.app[NODE]
-    slots = asyncio.Semaphore(_MANY_AT_ONCE)
-
-    async def one(path: Any) -> dict[str, Any] | None:
-        async with slots:
-            try:
-                entry = await node.engine.stat(str(path))
-                if entry.kind is EntryKind.FILE:
-                    whole = ByteRange(0, entry.size_bytes)
-                    await node.engine.ensure(node.engine.want(str(path), entry.version, entry.size_bytes, whole))
-            except OrchestraError as error:
-                return {"path": path, **to_wire(error)}
-            return None
-
-    results = await asyncio.gather(*(one(path) for path in typed(body, "paths", list)))
-    return answer({"errors": [result for result in results if result is not None]})
 
 
 async def read(request: web.Request) -> web.StreamResponse:

@@ -1,7 +1,7 @@
 """Many misses on one connection: how a mount asks, which has no thread per waiting reader.
 
     POST /v1/ensure_stream HTTP/1.1          the connection is this protocol's from here on
-    [serial, path, version, digest, size_bytes, start, stop, ahead_stop]     one JSON array a line, as many as you like
+    [serial, path, version, digest, size_bytes, start, stop]     one JSON array a line, as many as you like
     -> HTTP/1.1 101 ...
     -> serial 1          the bytes are present now
     -> serial 0          ask again by POST /v1/ensure: it says why they are not
@@ -31,7 +31,7 @@ _SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade
 # A line is a path of 4,096 bytes, escaped, and a few numbers.
 _LINE_BYTES_MAX = 64 * 1024
 
-_decode = msgspec.json.Decoder(tuple[int, str, str, str, int, int, int, int]).decode
+_decode = msgspec.json.Decoder(tuple[int, str, str, str, int, int, int]).decode
 
 
 class EnsureStream:
@@ -54,25 +54,20 @@ class EnsureStream:
             return
         for line in lines:
             try:
-                serial, path, version, digest, size, start, stop, ahead_stop = _decode(line)
+                serial, path, version, digest, size, start, stop = _decode(line)
             except msgspec.MsgspecError:  # not our client: a line without a serial cannot be answered
                 log.warning("a client sent what is no request; its connection was closed")
                 self._transport.abort()
                 return
             self._activity.begin()
             try:
-                self._start(serial, path, version, digest, size, ByteRange(start, stop), ahead_stop)
+                self._start(serial, path, version, digest, size, ByteRange(start, stop))
             except (OrchestraError, ValueError):
                 self._answer(serial, False)
 
-    def _start(
-        self, serial: int, path: str, version: str, digest: str, size: int, wanted_range: ByteRange, ahead_stop: int
-    ) -> None:
-        node = self._node
-        wanted = node.engine.want(path, version, size, wanted_range, digest=digest)
-        flight = node.engine.ensure_soon(wanted)
-        if ahead_stop > wanted_range.stop:
-            node.prefetch.ahead(node.prefetch.rest_of(wanted, ahead_stop))
+    def _start(self, serial: int, path: str, version: str, digest: str, size: int, wanted_range: ByteRange) -> None:
+        engine = self._node.engine
+        flight = engine.ensure_soon(engine.want(path, version, size, wanted_range, digest=digest))
         if isinstance(flight, bool):
             self._answer(serial, flight)
         else:
