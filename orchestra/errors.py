@@ -7,6 +7,7 @@ OrchestraError
  |- NotADirectoryPathError / IsADirectoryPathError
  |- ReadOnlyError          a write where writing is refused (also PermissionError, EROFS)
  |- AccessDeniedError      the store refused the credentials (also PermissionError)
+ |- ProofError             a request between nodes that does not prove the cluster's secret (also PermissionError)
  |- StaleObjectError       the object changed after it was opened: reopen it; a retry cannot help (ESTALE)
  |- StoreError             the under store failed
  |   |- StoreUnavailableError   worth a retry: connection, timeout, 5xx, short body, throttling
@@ -106,6 +107,13 @@ class AccessDeniedError(OrchestraError, PermissionError):
     errno_code = errno.EACCES
 
 
+class ProofError(OrchestraError, PermissionError):
+    """A request between nodes does not prove that its sender has the cluster's secret. Sending it again cannot help."""
+
+    code = "proof"
+    errno_code = errno.EACCES
+
+
 class StaleObjectError(OrchestraError, OSError):
     """The object changed after it was opened. Reopen the path; retrying cannot help."""
 
@@ -200,6 +208,7 @@ _HTTP_STATUS = {
     "is_a_directory": 409,
     "read_only": 403,
     "access_denied": 403,
+    "proof": 401,
     "stale_object": 412,
     "store_unavailable": 503,
 }
