@@ -5,9 +5,11 @@ inode (the kernel answers EIO otherwise), the backing ids, and the handles of re
 client's handle knows where bytes lie; the channel waits.
 
 Small files (and all in `pagecache` mode) cost nothing at OPEN: their handle is opened by the first READ and closed when
-a read has reached the end, so a warm file is never opened here at all. The opens and the backing id of an inode change
-under the table's lock only; handles are opened and closed by the loop's thread only, except that a worker closes one
-that was dropped while it was reading it (`pins`).
+a read has reached the end, so a warm file is never opened here at all. A mount in `auto` that has met small files only
+lets the kernel do without OPEN and RELEASE, which are most of what a warm small file costs.
+
+The opens and the backing id of an inode change under the table's lock only; handles are opened and closed by the loop's
+thread only, except that a worker closes one that was dropped while it was reading it (`pins`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from orchestra.fuse.protocol import (
     OpenFlag,
     open_reply,
 )
+from orchestra.fuse.shared import LARGE_SEEN, OPENS_OVER
 from orchestra.values import Entry
 
 log = logging.getLogger(__name__)
@@ -83,9 +86,10 @@ class Files:
         self._counters = channel.counters
         self._incoming = incoming
         self._on_stale = on_stale
-        self._no_open = options.mode is Mode.PAGECACHE
-        self._handles_max = PAGECACHE_HANDLES_MAX if self._no_open else HANDLES_MAX
+        self._mode = options.mode
+        self._small_opens_left = options.small_opens_max
         self._passthrough_from = 1 if options.mode is Mode.PASSTHROUGH else max(1, options.passthrough_size_bytes)
+        table.large_size_bytes = self._passthrough_from
         self.passthrough_allowed = False  # until INIT has said so
         self._lock = threading.Lock()
         self._handles: OrderedDict[int, _OpenFile] = OrderedDict()
@@ -98,7 +102,7 @@ class Files:
 
     def open(self, unique: int, nodeid: int, end: int) -> None:
         """OPEN: small files at once; for large ones a worker looks whether the kernel can read them by itself."""
-        if self._no_open:
+        if self._mode is Mode.PAGECACHE:
             self._channel.send_error(unique, errno.ENOSYS)
             return
         inode = self._table.get(nodeid) or self._table.load(nodeid)
@@ -108,6 +112,10 @@ class Files:
         if inode.entry.is_directory:
             raise IsADirectoryPathError(f"{inode.entry.path} is a directory")
         if inode.entry.size_bytes < self._passthrough_from:  # never passed through, so there is nothing to count
+            self._small_opens_left -= 1
+            if self._small_opens_left < 0 and self._is_over():
+                self._channel.send_error(unique, errno.ENOSYS)
+                return
             self._channel.send(OPEN_REPLY.pack(OPEN_REPLY.size, 0, unique, _FH_SMALL, _CACHED, 0))
             return
         if self.passthrough_allowed:
@@ -116,6 +124,29 @@ class Files:
         with self._table.lock:
             answer = self._opened_as_it_is(unique, inode)
         self._channel.send_or_undo(*answer)
+
+    def _is_over(self) -> bool:
+        """Whether the kernel may stop to ask for OPENs: `auto`, and nobody has met a large file here, so that none is
+        open. There is no way back, so a large one that comes later is read through the page cache."""
+        words = self._table.memory.words
+        if words[OPENS_OVER]:
+            return True
+        if self._mode is not Mode.AUTO or words[LARGE_SEEN]:
+            return False
+        with self._table.lock:
+            if words[LARGE_SEEN]:
+                return False
+            self._table.memory.put(OPENS_OVER, 1)
+        log.info(
+            "only files under %d bytes so far: OPEN is not asked any more, and passthrough is over for this mount",
+            self._passthrough_from,
+        )
+        return True
+
+    def _handles_max(self) -> int:
+        """How many handles may be open: without RELEASE nobody says that a file is done with."""
+        no_release = self._mode is Mode.PAGECACHE or self._table.memory.words[OPENS_OVER]
+        return PAGECACHE_HANDLES_MAX if no_release else HANDLES_MAX
 
     def _open_large(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
         with self._table.lock:
@@ -216,7 +247,7 @@ class Files:
         except NotFoundError as error:  # who reads has it open: what is gone is the mount
             raise StaleObjectError(f"{entry.path} was unmounted after it was opened") from error
         self._handles[inode.nodeid] = file
-        if len(self._handles) > self._handles_max:
+        if len(self._handles) > self._handles_max():
             self.drop(next(iter(self._handles)))
         return file
 

@@ -16,6 +16,7 @@ by the cell that the dead one had left. Other workers' inodes are read from the 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterable, Sequence
 
 import xxhash
@@ -66,6 +67,8 @@ class InodeTable:
         self.is_alone = lock_path is None
         self.lock = SharedLock(self.memory, lock_path)
         self.root = Inode(ROOT_NODEID, root)
+        # A file of this size or more is noted in the memory when it is first met.
+        self.large_size_bytes = sys.maxsize
         self._words = self.memory.words
         self._by_nodeid: dict[int, Inode] = {}
         # The hot path's look-up: a bound method of a dict is a third of a method of ours.
@@ -167,6 +170,8 @@ class InodeTable:
 
     def _made(self, entry: Entry, path: bytes, hashed: int) -> Inode:
         version = entry.version.encode("utf-8", "surrogateescape")
+        if entry.size_bytes >= self.large_size_bytes and not self._words[shared.LARGE_SEEN]:
+            self.memory.put(shared.LARGE_SEEN, 1)
         shape = int(entry.kind) | len(path) << 16 | len(version) << 32
         record = self.memory.create_record(hashed, (entry.size_bytes, entry.mtime_ns, shape), path + version)
         inode = Inode(self._words[record + NUMBER], entry)

@@ -23,6 +23,10 @@ PAGES_MAX = READ_BYTES_MAX // 4096
 # A warm re-read of a 110 kB file costs this process 27 us when the kernel keeps it (OPEN and RELEASE, answered at once)
 # and 150 us by passthrough (a hand-over, an open and two ioctls more). Copying 1 MiB once costs more than that.
 PASSTHROUGH_SIZE_BYTES = 1 * MIB
+# An OPEN that a process answers costs its reader 20 us where both share a core and 140 where they do not; a native one
+# costs 4. The kernel stops asking only for good and for all files of a mount, which ends passthrough too: so a mount
+# first shows, by so many OPENs, that it is one of small files (docs/decisions/0006-opens-of-small-files.md).
+SMALL_OPENS_MAX = 1000
 # Read-ahead requests are "background" for the kernel, whose default lets 12 of them wait; 64 readers of uncached files
 # would queue behind one another in the kernel.
 BACKGROUND_MAX = 1024
@@ -76,5 +80,6 @@ class MountOptions:
     daemon_wait_s: float = 0.0  # how long a miss waits for a daemon that somebody else restarts, before EIO
     threads_max: int = THREADS_MAX
     passthrough_size_bytes: int = PASSTHROUGH_SIZE_BYTES
+    small_opens_max: int = SMALL_OPENS_MAX  # of `auto`, before the kernel is told not to ask any more
     read_ahead_kib: int = READ_AHEAD_KIB
     cache_dir: Path | None = None  # refused when it lies inside the mount point

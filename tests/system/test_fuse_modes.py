@@ -80,6 +80,33 @@ def test_a_small_file_is_kept_by_the_kernel(make: MakeServer, folder: Path) -> N
     assert (counters["backing_opened"], counters["handles_open"]) == (0, 0)
 
 
+def test_a_mount_of_small_files_stops_being_asked_for_opens(make: MakeServer, folder: Path) -> None:
+    """After so many OPENs of small files, and none of a large one, a warm pass sends nothing; a large file that comes
+    later is read through the process, every byte right."""
+    server = make(folder, small_opens_max=30)
+    for _ in range(3):
+        for index in range(20):
+            assert _read(server, f"small{index}") == (folder / f"small{index}").read_bytes()
+    _wait_for(server, "RELEASE", 30)
+    counters = server.counters()
+    assert (counters["READ"], counters["OPEN"], counters["RELEASE"]) == (20, 31, 30)
+    assert _read(server, "large") == (folder / "large").read_bytes()
+    counters = server.counters()
+    assert (counters["OPEN"], counters["backing_opened"], counters["handles_open"]) == (31, 0, 0)
+    assert counters["READ"] > 20
+
+
+def test_a_mount_that_has_met_a_large_file_keeps_passthrough(make: MakeServer, folder: Path) -> None:
+    """One look at a large file is enough, and the kernel is asked for every OPEN as before."""
+    server = make(folder, small_opens_max=5)
+    os.stat(server.target / "large")
+    for index in range(20):
+        assert _read(server, f"small{index}") == (folder / f"small{index}").read_bytes()
+    assert _read(server, "large") == (folder / "large").read_bytes()
+    counters = server.counters()
+    assert (counters["OPEN"], counters["backing_opened"]) == (21, 1)
+
+
 def test_in_pagecache_mode_a_warm_pass_sends_nothing_at_all(make: MakeServer, folder: Path) -> None:
     """After one refused OPEN the kernel opens, reads and closes by itself."""
     server = make(folder, mode="pagecache")
