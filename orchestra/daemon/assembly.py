@@ -17,6 +17,7 @@ from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config, FetchConfig
+from orchestra.daemon.cluster import ClusterNode
 from orchestra.daemon.jobs.journal import Journal
 from orchestra.daemon.jobs.load import LoadTools
 from orchestra.daemon.jobs.runner import JobRunner
@@ -32,6 +33,7 @@ from orchestra.metadata.reader import MetadataReader
 from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import is_shown_name
 from orchestra.observe.access_ring import AccessLog
+from orchestra.observe.change_log import ChangeLog
 from orchestra.prefetch.dataset import DatasetLimits, DatasetPrefetch, dataset_margin_bytes
 from orchestra.prefetch.planned import PlanRunner
 from orchestra.prefetch.runner import PrefetchRunner
@@ -64,6 +66,7 @@ class Node:
     engine: Engine
     mounts: MountAdmin
     accesses: AccessLog
+    changes: ChangeLog
     prefetch: PrefetchRunner
     dataset: DatasetPrefetch
     jobs: JobRunner
@@ -71,6 +74,7 @@ class Node:
     space: SpaceAdmin
     writers: ThreadPoolExecutor
     started_ns: int
+    cluster: ClusterNode | None  # one machine
 
 
 def assemble(
@@ -82,12 +86,14 @@ def assemble(
     """
     asyncio.get_running_loop()
     clock = clock or SystemClock()
+    cluster = None if config.cluster is None else ClusterNode(config.cluster, config.cache.size_bytes, clock)
     geometry = Geometry(config.cache.block_size_bytes, config.cache.extent_size_bytes)
     layout, geometry = prepare(config.cache.dir, geometry)
     lock = OwnerLock(layout.lock, started=started)
     empty_tmp(layout)
     blocks, index = _open_blocks(config, layout, geometry, clock)
-    catalog = _catalog(layout, blocks, clock)
+    changes = ChangeLog(str(layout.changes))
+    catalog = _catalog(layout, blocks, clock, changes)
     budget = ByteBudget(config.fetch.in_flight_bytes_max)
     fetcher = Fetcher(budget)
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
@@ -103,6 +109,7 @@ def assemble(
         open_failover=FailoverStore,
         environ=os.environ,
         on_change=partial(_use_mounts, engine, space),
+        tell=changes.note,
     )
     steering = Steering(engine, fetcher.statistics, budget, clock)
     journal, requests_max = Journal(layout.jobs), config.fetch.requests_max
@@ -121,6 +128,7 @@ def assemble(
         engine=engine,
         mounts=mounts,
         accesses=AccessLog(str(layout.accesses)),
+        changes=changes,
         prefetch=PrefetchRunner(engine, geometry),
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
@@ -128,6 +136,7 @@ def assemble(
         space=space,
         writers=writers,
         started_ns=clock.now_ns(),
+        cluster=cluster,
     )
     jobs.resume()
     return node
@@ -147,6 +156,7 @@ async def disassemble(node: Node) -> None:
             node.index.mark_clean(True)
     node.index.close()
     node.accesses.close()
+    node.changes.close()
     node.lock.release()
 
 
@@ -189,7 +199,7 @@ def _use_mounts(engine: Engine, space: SpaceAdmin, table: MountTable[OpenedMount
     space.use(table)
 
 
-def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> Catalog:
+def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock, changes: ChangeLog) -> Catalog:
     return Catalog(
         layout,
         str(layout.tmp),
@@ -198,6 +208,7 @@ def _catalog(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> Catalog:
         boot_id=boot_id(),
         is_shown_name=is_shown_name,
         make_room=lambda: blocks.evict(_ROOM_FOR_RECORDS_BYTES),
+        on_change=changes.note,
     )
 
 

@@ -24,12 +24,13 @@ import orchestra
 from orchestra.clock import SystemClock
 from orchestra.config import Config
 from orchestra.daemon.api.app import make_app, make_hot_handler
+from orchestra.daemon.api.between import clustered
 from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.daemon.descriptors import raise_limit, survive_exhaustion
-from orchestra.errors import CacheDirectoryError, ConfigError, OrchestraError, to_wire
+from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.access_ring import AccessNote
 from orchestra.observe.logs import log_to_file, log_to_stderr
 
@@ -56,7 +57,6 @@ def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = Non
     """
     notify = _notifier(ready_fd)
     try:
-        _refuse_cluster(config)
         asyncio.run(_serve(config, autostarted=autostarted, in_background=ready_fd is not None, notify=notify))
     except OrchestraError as error:
         notify(json.dumps(to_wire(error)))
@@ -67,16 +67,6 @@ def run(config: Config, *, autostarted: bool = False, ready_fd: int | None = Non
         raise
     finally:
         notify("")
-
-
-def _refuse_cluster(config: Config) -> None:
-    """Raise ConfigError where others would be counted on that this daemon does not reach yet."""
-    if config.cluster is not None:
-        where = "$ORCHESTRA_CLUSTER_LISTEN" if config.source is None else str(config.source)
-        raise ConfigError(
-            f"{where}: the settings of [cluster] are valid, but this version's daemon does not join a cluster yet "
-            "(docs/cluster.md); without them it serves this machine"
-        )
 
 
 def _notifier(ready_fd: int | None) -> Callable[[str], None]:
@@ -108,7 +98,7 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
     try:
-        async with answering(node, stop, activity):
+        async with answering(node, stop, activity), clustered(node, activity):
             log.info(
                 "orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table)
             )

@@ -89,11 +89,13 @@ def write_config(
     cache: Mapping[str, Any] | None = None,
     daemon: Mapping[str, Any] | None = None,
     fetch: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an orchestra.toml; the cache is beside it unless `cache` says where. A mount without `uri`/`uris` fails."""
     cache = {"dir": f"{path.parent}/cache", "size": "1GiB", "free_space_ratio": 0.0, **(cache or {})}
     daemon = {"idle_timeout": "2m", **(daemon or {})}
     tables = [("[cache]", cache), ("[daemon]", daemon), ("[fetch]", fetch or {})]
+    tables += [("[cluster]", cluster)] if cluster else []
     tables += [("[[mount]]", mount) for mount in mounts]
     lines = []
     for head, table in tables:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from orchestra import config_file
-from orchestra.cli.main import main
 from orchestra.config import ClusterConfig, Config, MountConfig, Replication, expand_variables, load_config
 from orchestra.config_mounts import format_freshness, looks_secret, parse_freshness_s, uri_without_password
 from orchestra.errors import ConfigError
@@ -104,17 +103,6 @@ def test_the_cluster_of_the_design_is_read(tmp_path: Path) -> None:
     assert config.mounts[0].replication == Replication(1, 4, False)
     assert config_file.settings_of(config)["cluster.listen"] == "10.0.0.1:7420"
     assert load(EXAMPLE, tmp_path).cluster is None
-
-
-def test_a_daemon_does_not_pretend_to_be_in_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Valid settings of a cluster end the daemon's start with one line, until it can do what they ask for."""
-    path = tmp_path / "cluster.toml"
-    path.write_text(f'[cache]\ndir = "{tmp_path}/cache"\n{CLUSTER}')
-    assert main(["--config", str(path), "daemon", "run"]) == 1
-    line = capsys.readouterr().err
-    assert line.startswith(f"orchestra: {path}: the settings of [cluster] are valid, but this version's daemon")
-    assert line.count("\n") == 1
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_shared_file_gets_each_nodes_address_from_its_environment(tmp_path: Path) -> None:

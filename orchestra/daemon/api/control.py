@@ -146,6 +146,7 @@ def _status(node: Node) -> dict[str, Any]:
             "jobs_running": sum(not job.state.is_over for job in node.jobs.all()),
         },
         "stores": stores,
+        "cluster": None if node.cluster is None else node.cluster.status(),
     }
 
 

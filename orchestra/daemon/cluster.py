@@ -1,0 +1,86 @@
+"""This node's part in its cluster: who it is, which nodes there are, which of them own what.
+
+Owns: the node's record, its secret, the ring and the records that membership publishes. Leaves to others: deciding them
+(cluster.membership), what travels between nodes (cluster.peers), the port (api.between).
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import asdict
+from typing import Any
+
+from orchestra.clock import Clock
+from orchestra.cluster.drivers import make_driver
+from orchestra.cluster.member import ClusterMember, News
+from orchestra.cluster.membership import PublishRing
+from orchestra.cluster.proof import ProofChecker, ProofSigner, read_secret
+from orchestra.cluster.records import NodeRecord
+from orchestra.cluster.ring import Ring
+from orchestra.config import ClusterConfig
+
+log = logging.getLogger(__name__)
+
+
+class ClusterNode:
+    """One node of a cluster. One event loop; connects to nothing before `run`.
+
+    A node's name is its address (`listen`): the same over restarts, and two processes cannot have it.
+    """
+
+    def __init__(self, cluster: ClusterConfig, capacity_bytes: int, clock: Clock) -> None:
+        """Reads the secret. Raises ConfigError, in one line, if its file is not fit to hold one."""
+        self.config = cluster
+        self._clock = clock
+        secret = None if cluster.secret_file is None else read_secret(cluster.secret_file)
+        record = NodeRecord(cluster.listen, cluster.listen, capacity_bytes, instance=secrets.token_hex(8))
+        # Without a secret all addresses are loopback, and requests carry and need no proof.
+        self.signer = None if secret is None else ProofSigner(secret, record.node_id, clock)
+        self.checker = None if secret is None else ProofChecker(secret, record.node_id, clock)
+        self._first_record = record
+        self.member = ClusterMember(record, make_driver(cluster, record, clock), clock, self._tell)
+
+    @property
+    def node_id(self) -> str:
+        """This node's name."""
+        return self._first_record.node_id
+
+    @property
+    def own(self) -> NodeRecord:
+        """This node's record, as others get it."""
+        return next((record for record in self.members if record.node_id == self.node_id), self._first_record)
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of now; without nodes before the first."""
+        return self.member.membership.ring
+
+    @property
+    def members(self) -> tuple[NodeRecord, ...]:
+        """The records of all nodes known now, by id; those that drain among them."""
+        return self.member.membership.records
+
+    def status(self) -> dict[str, Any]:
+        """Return who this node is, its ring and the nodes it knows, as `daemon status --json` shows them."""
+        ring = self.ring
+        return {
+            "node_id": self.node_id,
+            "membership": self.config.membership,
+            "ring": {"revision": ring.revision, "digest": ring.digest, "nodes": len(ring.nodes)},
+            "nodes": [asdict(record) for record in self.members],
+            "source_error": self.member.membership.source_error,
+        }
+
+    async def run(self) -> None:
+        """Take part until cancelled; then leave."""
+        await self.member.run()
+
+    def drain(self) -> None:
+        """Own nothing new from now on; peers may go on reading."""
+        self.member.drain()
+
+    def _tell(self, news: News) -> None:
+        if isinstance(news, PublishRing):
+            nodes = ", ".join(node.node_id for node in news.ring.nodes)
+            log.info("ring %d (%s) of %d nodes: %s", news.ring.revision, news.ring.digest, len(news.ring.nodes), nodes)
