@@ -86,6 +86,7 @@ class ClusterConfig:
     given."""
 
     listen: str
+    node_id: str = ""  # "": listen is this node's name, too
     membership: str = "static"
     nodes: tuple[str, ...] = ()
     name: str = ""

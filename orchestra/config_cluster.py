@@ -23,6 +23,8 @@ ENDPOINTS_MAX = 16
 # More copies than this in one cluster is a broadcast, which passive copies do better.
 REPLICAS_MAX = 64
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9._-]{1,253}):([0-9]{1,5})\Z")
+# As in a node's record (cluster.records).
+_NODE_ID = re.compile(r"[A-Za-z0-9._:\[\]-]{1,255}\Z")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?\Z")
 # What says who else there is, by `membership`.
 _SOURCES = {"static": "nodes", "dns": "name", "etcd": "endpoints"}
@@ -74,6 +76,12 @@ def _name(value: object) -> str:
     return value
 
 
+def _node_id(value: object) -> str:
+    if not isinstance(value, str) or _NODE_ID.match(value) is None:
+        raise ValueError(f"expected a name of letters, digits and . _ - : [ ], got {value!r}")
+    return value
+
+
 def _endpoint(value: object) -> str:
     expected = f"expected an address such as http://127.0.0.1:2379, got {value!r}"
     if not isinstance(value, str):
@@ -111,6 +119,7 @@ def _file(value: object) -> Path:
 
 CLUSTER_KEYS = (
     Key("listen", "listen", _listen),
+    Key("node_id", "node_id", _node_id),
     Key("membership", "membership", words(*_SOURCES)),
     Key("nodes", "nodes", _several(_address, NODES_MAX), list_literal),
     Key("name", "name", _name),

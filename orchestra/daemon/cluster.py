@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class ClusterNode:
     """One node of a cluster. One event loop; connects to nothing before `run`.
 
-    A node's name is its address (`listen`): the same over restarts, and two processes cannot have it.
+    A node's name is its address (`listen`), the same over restarts, and no two processes can have it; or `node_id`, for
+    disks that outlive their addresses.
     """
 
     def __init__(self, cluster: ClusterConfig, capacity_bytes: int, clock: Clock) -> None:
@@ -34,7 +35,8 @@ class ClusterNode:
         self.config = cluster
         self._clock = clock
         secret = None if cluster.secret_file is None else read_secret(cluster.secret_file)
-        record = NodeRecord(cluster.listen, cluster.listen, capacity_bytes, instance=secrets.token_hex(8))
+        node_id = cluster.node_id or cluster.listen
+        record = NodeRecord(node_id, cluster.listen, capacity_bytes, instance=secrets.token_hex(8))
         # Without a secret all addresses are loopback, and requests carry and need no proof.
         self.signer = None if secret is None else ProofSigner(secret, record.node_id, clock)
         self.checker = None if secret is None else ProofChecker(secret, record.node_id, clock)

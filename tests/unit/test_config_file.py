@@ -124,6 +124,16 @@ def test_a_shared_file_gets_each_nodes_address_from_its_environment(tmp_path: Pa
     assert (cluster.replicas, cluster.secret_file) == (3, None)
 
 
+def test_a_node_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    """`node_id` arrives from file and variable; what could not stand in a record is refused."""
+    text = '[cluster]\nlisten = "127.0.0.1:7420"\nnodes = ["127.0.0.1:7420"]\nnode_id = "machine-1.example"\n'
+    first = load(text, tmp_path).cluster
+    second = load(text, tmp_path, {"ORCHESTRA_CLUSTER_NODE_ID": "machine-2"}).cluster
+    assert [one and one.node_id for one in (first, second)] == ["machine-1.example", "machine-2"]
+    with pytest.raises(ConfigError, match=r"cluster\.node_id: expected a name of letters, digits"):
+        load(text.replace("machine-1.example", "machine 1"), tmp_path)
+
+
 @pytest.mark.parametrize(("number", "membership"), [(1, "static"), (2, "dns"), (3, "etcd")])
 def test_the_documented_clusters_are_read(number: int, membership: str, tmp_path: Path) -> None:
     """Each example in docs/cluster.md is accepted; the one for pods with the variable that it names."""

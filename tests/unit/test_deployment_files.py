@@ -30,6 +30,7 @@ DOCKER = Path(__file__).resolve().parents[2] / "docker"
 KUBERNETES = DOCKER / "kubernetes"
 SETTINGS = {"compose": DOCKER / "orchestra.toml", "kubernetes": KUBERNETES / "orchestra.toml"}
 POD_IP = "10.1.2.3"
+FIELDS = {"status.podIP": POD_IP, "spec.nodeName": "machine-7.example.com"}
 
 
 @cache
@@ -67,7 +68,10 @@ def mounts_of(one: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def kubernetes_environment(one: Mapping[str, Any]) -> dict[str, str]:
     """What a container of Kubernetes finds set, with `$(POD_IP)` replaced as the kubelet does."""
-    values = {entry["name"]: str(entry.get("value", POD_IP)) for entry in one.get("env", ())}
+    values = {
+        entry["name"]: entry["value"] if "value" in entry else FIELDS[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        for entry in one.get("env", ())
+    }
     return {name: value.replace("$(POD_IP)", values["POD_IP"]) for name, value in values.items()}
 
 
@@ -122,7 +126,7 @@ def test_the_settings_of_a_pod_are_ours(name: str) -> None:
     pod = daemonset_pod()
     config = settings("kubernetes", kubernetes_environment(container(pod, name)))
     assert config.cluster is not None
-    assert config.cluster.listen == f"{POD_IP}:7420"
+    assert (config.cluster.listen, config.cluster.node_id) == (f"{POD_IP}:7420", "machine-7.example.com")
     assert not config.daemon.autostart, "the kubelet starts the daemon"
     where = mounts_of(container(pod, name))
     assert where["cache"]["mountPath"] == str(config.cache.dir)
