@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestra.cli.node import where_lines
 from orchestra.cli.output import (
     entry_fields,
     entry_line,
@@ -141,10 +142,11 @@ def stat(session: Session, path: str, as_json: bool) -> None:
     cached_bytes = client.cached_bytes(entry)
     node = f"this node ({client.config.cache.dir})"
     mount = _mount_of(session, entry.path)
+    nodes = [] if client.config.cluster is None or entry.is_directory else _nodes_of(session, entry.path)
     if as_json:
         where = [node] if cached_bytes else []
         percent = 100 * cached_bytes / entry.size_bytes if entry.size_bytes else None
-        cached = {"cached_bytes": cached_bytes, "cached_percent": percent, "where": where}
+        cached = {"cached_bytes": cached_bytes, "cached_percent": percent, "where": where, "nodes": nodes}
         print_json({**entry_fields(entry), **cached, "mount": mount and mount[0], "uris": mount and mount[1]})
         return
     fields = [("path", entry.path), ("type", "directory" if entry.is_directory else "file")]
@@ -156,10 +158,20 @@ def stat(session: Session, path: str, as_json: bool) -> None:
             ("modified", _exact_time(entry.mtime_ns)),
             ("cached", of),
             ("where", node if cached_bytes else "the store only"),
+        if nodes:
+            fields += [("node", line) for line in where_lines(nodes, entry.size_bytes)]
+        else:
+            fields.append(("where", node if cached_bytes else "the store only"))
         ]
     if mount is not None:
         fields.append(("store", f"{' '.join(mount[1])} (mounted at {mount[0]})"))
     print_fields(fields)
+
+def _nodes_of(session: Session, path: str) -> list[dict[str, Any]]:
+    """Return what each node of the cluster holds of a file."""
+    nodes: list[dict[str, Any]] = session.client.daemon_request("POST", "/v1/nodes/where", {"path": path})["nodes"]
+    return nodes
+
 
 
 def _exact_time(mtime_ns: int) -> str:

@@ -48,6 +48,7 @@ COMMANDS = MappingProxyType(
         "ls": ("orchestra.cli.files:ls", "List folders and files."),
         "mkdir": ("orchestra.cli.files:mkdir", "Make a folder (refused: this version only reads)."),
         "mount": ("orchestra.cli.mount:mount", "Attach stores to the namespace."),
+        "node": ("orchestra.cli.node:node", "Show the nodes of the cluster; drain one."),
         "pin": (
             "orchestra.cli.cache:pin",
             "Keep what is cached below PATH, now and later; without PATH, list what is pinned.",

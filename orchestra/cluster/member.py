@@ -61,6 +61,10 @@ class ClusterMember:
         """Own nothing new from now on; peers may go on reading."""
         self._take(DrainAsked())
 
+    def undrain(self) -> None:
+        """Own a share again."""
+        self._take(DrainAsked(is_over=True))
+
     def _take(self, event: Event) -> None:
         for instruction in self.membership.handle(event):
             if isinstance(instruction, (Register, Renew, Announce)):

@@ -74,7 +74,9 @@ class LeaseLost:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """This node is to hand over what it owns."""
+    """This node is to hand over what it owns; `is_over`: it is to own its share again."""
+
+    is_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +229,8 @@ class Membership:
                 return self._renewed(event)
             case LeaseLost(incarnation):
                 return self._lease_lost() if incarnation == self._incarnation else []
-            case DrainAsked():
-                return self._drain()
+            case DrainAsked(is_over):
+                return self._drain(is_draining=not is_over)
             case SourceLost(reason):
                 self._source_error = reason
                 return []
@@ -245,7 +247,7 @@ class Membership:
             self._act_at_s = now_s + self._ttl_s * RENEW_SHARE
             instructions.append(Renew(self._incarnation))
             recorded = self._records.get(self._own.node_id)
-            if self._own.is_draining and not (recorded is not None and recorded.is_draining):
+            if self._own.is_draining is not (recorded is not None and recorded.is_draining):
                 instructions += self._announce()  # the announcement before was lost
         elif self._lease in (LeaseState.NONE, LeaseState.REGISTERING):
             self._lease = LeaseState.REGISTERING
@@ -292,10 +294,10 @@ class Membership:
         self._is_owning = False
         return [StopOwning(reason)]
 
-    def _drain(self) -> list[Instruction]:
-        if self._own.is_draining:
+    def _drain(self, *, is_draining: bool) -> list[Instruction]:
+        if self._own.is_draining is is_draining:
             return []
-        self._own = replace(self._own, is_draining=True)
+        self._own = replace(self._own, is_draining=is_draining)
         if not self._has_lease:
             return self._changed(Changed(0, seen=(self._own,)))
         return self._announce() if self._lease is LeaseState.HELD else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from orchestra.daemon.jobs.load import LoadTools
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.lock import OwnerLock
 from orchestra.daemon.mounts import MountAdmin, StoreOpener
+from orchestra.daemon.nodes.control import NodeControl
 from orchestra.daemon.space import SpaceAdmin
 from orchestra.engine.engine import Engine
 from orchestra.engine.mounted import OpenedMount
@@ -75,6 +77,7 @@ class Node:
     writers: ThreadPoolExecutor
     started_ns: int
     cluster: ClusterNode | None  # one machine
+    nodes: NodeControl | None  # beside `cluster`
 
 
 def assemble(
@@ -101,19 +104,13 @@ def assemble(
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
 
     space = _space_admin(layout, blocks, clock)
-    mounts = MountAdmin(
-        config,
-        layout,
-        geometry,
-        open_store=open_store or _open_store,
-        open_failover=FailoverStore,
-        environ=os.environ,
-        on_change=partial(_use_mounts, engine, space),
-        tell=changes.note,
-    )
+    open_store, use = open_store or _open_store, partial(_use_mounts, engine, space)
+    mounts = _mount_admin(config, layout, geometry, open_store, use, changes)
     steering = Steering(engine, fetcher.statistics, budget, clock)
-    journal, requests_max = Journal(layout.jobs), config.fetch.requests_max
-    jobs = JobRunner(LoadTools(engine, blocks, geometry, writers, steering, journal, clock, requests_max))
+    tools = LoadTools(
+        engine, blocks, geometry, writers, steering, Journal(layout.jobs), clock, config.fetch.requests_max
+    )
+    jobs = JobRunner(tools)
     node = Node(
         config=config,
         layout=layout,
@@ -137,6 +134,7 @@ def assemble(
         writers=writers,
         started_ns=clock.now_ns(),
         cluster=cluster,
+        nodes=_control(cluster, blocks, geometry),
     )
     jobs.resume()
     return node
@@ -190,6 +188,30 @@ def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Cloc
 
 
 def _space_admin(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> SpaceAdmin:
+def _mount_admin(
+    config: Config,
+    layout: CacheLayout,
+    geometry: Geometry,
+    open_store: StoreOpener,
+    use: Callable[[MountTable[OpenedMount]], None],
+    changes: ChangeLog,
+) -> MountAdmin:
+    return MountAdmin(
+        config,
+        layout,
+        geometry,
+        open_store=open_store,
+        open_failover=FailoverStore,
+        environ=os.environ,
+        on_change=use,
+        tell=changes.note,
+    )
+
+
+def _control(cluster: ClusterNode | None, blocks: BlockStore, geometry: Geometry) -> NodeControl | None:
+    return None if cluster is None else NodeControl(cluster, blocks, geometry)
+
+
     reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
     return SpaceAdmin(blocks, reader, layout.root / "pins.json")
 

@@ -189,6 +189,23 @@ def test_draining_is_announced_once_and_kept_by_later_registrations(joined: Memb
     assert register.record.is_draining
 
 
+def test_a_node_that_drains_no_more_is_on_the_ring_again(joined: Membership) -> None:
+    """It is announced, again where the announcement was lost, until its own record says so; without a lease its ring
+    has it at once."""
+    joined.handle(DrainAsked())
+    joined.handle(Changed(9, seen=(NodeRecord("a", OWN.address, OWN.capacity_bytes, True, 7, "mine"),)))
+    announced = Announce(NodeRecord("a", OWN.address, OWN.capacity_bytes, False, 7, "mine"))
+    assert joined.handle(DrainAsked(is_over=True)) == [announced]
+    assert joined.handle(DrainAsked(is_over=True)) == []
+    assert joined.handle(Tick(3.0)) == [Renew(7), announced]
+    alone = Membership(OWN, has_lease=False)
+    alone.handle(Changed(0, seen=(OWN,)))
+    alone.handle(DrainAsked())
+    assert alone.ring.nodes == ()
+    alone.handle(DrainAsked(is_over=True))
+    assert [node.node_id for node in alone.ring.nodes] == ["a"]
+
+
 def test_an_announcement_that_was_lost_is_made_again(joined: Membership) -> None:
     """Until its own record is seen to drain it is announced with every renewal (found by the simulation, seed 4)."""
     joined.handle(DrainAsked())

@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from orchestra.daemon.api import cache, control, data, jobs, plans, stalls
+from orchestra.daemon.api import cache, control, data, jobs, nodes, plans, stalls
 from orchestra.daemon.api.context import NODE, Activity, answer, decoded
 from orchestra.daemon.api.hot import HotHandler
 from orchestra.daemon.assembly import Node
@@ -73,4 +73,5 @@ def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Applica
     plans.add_routes(app)
     stalls.add_routes(app)
     cache.add_routes(app)
+    nodes.add_routes(app)
     return app

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from orchestra.cluster.records import encode_record
 from orchestra.config_cluster import split_address
+from orchestra.daemon.api import asked
 from orchestra.daemon.api.context import NODE, Activity, answer
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.cluster import ClusterNode
@@ -73,6 +74,7 @@ def make_peer_app(node: Node, activity: Activity) -> web.Application:
     app = web.Application(middlewares=[frame], client_max_size=BODY_LIMIT_BYTES)
     app[NODE] = node
     app.router.add_get("/healthz", healthz)
+    asked.add_routes(app)
     return app
 
 

@@ -1,0 +1,68 @@
+"""`orchestra node`: the nodes of the cluster, and taking one out of service.
+
+Owns: what is printed. Leaves to others: who is a node and what it does (daemon.nodes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestra.cli.output import format_percent, print_json, print_table
+from orchestra.cli.session import Session, pass_session
+from orchestra.units import format_size
+
+ROUTE = "/v1/nodes"
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print exact values as JSON.")
+
+
+@click.group()
+def node() -> None:
+    """Show the nodes of the cluster; drain one."""
+
+
+@node.command("ls")
+@_json_option
+@pass_session
+def list_nodes(session: Session, as_json: bool) -> None:
+    """List the nodes: their state, what they hold, and their share of the ring."""
+    found = session.client.daemon_request("GET", ROUTE)
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            one["node_id"],
+            one["address"],
+            one["state"],
+            _size(one["capacity_bytes"]),
+            _size(one["used_bytes"]),
+            f"{100 * one['share']:.1f} %",
+            _note(one),
+        )
+        for one in found["nodes"]
+    ]
+    print_table(("NODE", "ADDRESS", "STATE", "CAPACITY", "USED", "SHARE", "NOTE"), rows)
+    if found["source_error"]:
+        click.echo(f"orchestra: warning: {found['source_error']}; the nodes are those known before", err=True)
+
+
+def _size(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else format_size(size_bytes)
+
+
+def _note(row: dict[str, Any]) -> str:
+    notes = ["this node"] if row["is_self"] else []
+    return "; ".join([*notes, row["note"]] if row["note"] else notes)
+
+
+def where_lines(nodes: list[dict[str, Any]], size_bytes: int) -> list[str]:
+    """Return a line of what each node holds of a file of that size, those that hold or own something first."""
+    lines = []
+    for one in sorted(nodes, key=lambda one: (not one["held_bytes"] and not one["owns_bytes"], one["node_id"])):
+        held = "does not answer" if one["error"] else format_percent(one["held_bytes"], size_bytes)
+        owns = f", owns {format_percent(one['owns_bytes'], size_bytes)}" if one["owns_bytes"] else ""
+        here = " (this node)" if one["is_self"] else ""
+        lines.append(f"{one['node_id']}{here}: {held}{owns}")
+    return lines

@@ -1,0 +1,27 @@
+"""Routes that other nodes of the cluster ask, besides those for bytes; the port is api.between's, and every request has
+proved the secret before it comes here."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from orchestra.daemon.api.context import NODE, answer, body_of
+from orchestra.daemon.api.nodes import control_of
+from orchestra.daemon.nodes import presence
+
+
+def add_routes(app: web.Application) -> None:
+    """Add the routes to `app`."""
+    app.router.add_get("/v1/node/status", status)
+    app.router.add_post(presence.ROUTE, holds)
+
+
+async def status(request: web.Request) -> web.Response:
+    """GET -> {node_id, ring_digest, used_bytes, handover}: how this node is."""
+    return answer(control_of(request).status())
+
+
+async def holds(request: web.Request) -> web.Response:
+    """POST {objects: [[digest, size_bytes]]} -> {held: [{extent: bytes}]} of each, on this node's disk."""
+    node = request.app[NODE]
+    return answer(presence.answer_holds(node.blocks, node.geometry, await body_of(request)))

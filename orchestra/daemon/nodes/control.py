@@ -1,0 +1,74 @@
+"""The control side of this node in its cluster: the parts that ask and answer other nodes, brought together.
+
+Owns: which parts there are, and their life. Leaves to others: each part's doing, the routes (api.nodes, api.asked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.store import BlockStore
+from orchestra.cluster.records import NodeRecord
+from orchestra.daemon.cluster import ClusterNode
+from orchestra.daemon.nodes.calls import NodeCalls
+from orchestra.daemon.nodes.overview import Overview
+from orchestra.daemon.nodes.presence import Presence
+from orchestra.errors import NotFoundError
+
+
+class HasControl(Protocol):
+    """A daemon's node."""
+
+    nodes: NodeControl | None
+
+
+class NodeControl:
+    """What a daemon in a cluster has besides one that stands alone. One event loop."""
+
+    def __init__(self, cluster: ClusterNode, blocks: BlockStore, geometry: Geometry) -> None:
+        self.cluster = cluster
+        self.blocks = blocks
+        self.geometry = geometry
+        self.calls = NodeCalls(cluster)
+        self.overview = Overview(cluster, self.calls, self.status)
+        self.presence = Presence(cluster, self.calls, blocks, geometry)
+
+    def status(self) -> dict[str, Any]:
+        """Return how this node is, as it answers others."""
+        return {
+            "node_id": self.cluster.node_id,
+            "ring_digest": self.cluster.ring.digest,
+            "used_bytes": self.blocks.statistics().used_bytes,
+        }
+
+    def member(self, name: str) -> NodeRecord:
+        """Return the node of that name or address. Raises NotFoundError that names those there are."""
+        members = self.cluster.members
+        for member in members:
+            if name in (member.node_id, member.address):
+                return member
+        names = ", ".join(member.node_id for member in members) or "none"
+        raise NotFoundError(f"there is no node {name!r} in the cluster now (nodes: {names})")
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Do what goes on by itself inside the block."""
+        try:
+            async with asyncio.TaskGroup():
+                yield
+        finally:
+            await self.calls.close()
+
+
+@contextlib.asynccontextmanager
+async def controlled(node: HasControl) -> AsyncIterator[None]:
+    """Do what a node of a cluster does by itself inside the block; nothing where there is no cluster."""
+    if node.nodes is None:
+        yield
+        return
+    async with node.nodes.running():
+        yield
