@@ -230,6 +230,12 @@ class Accounts:
             return held.origin
         return self._expected.get(digest_of(name))
 
+    def fits(self, size_bytes: int, name: str) -> bool:
+        """Whether there is room (for `name`) without anything having to leave: True is certain, and the usual case."""
+        if self._quotas and self._quota(self.origin_of(name)) is not None:
+            return False
+        return size_bytes + self._all.reserved_bytes <= self._limit.room_bytes(self._all.used_bytes)
+
     # -- victims ---------------------------------------------------------------------------------------------------
 
     def choose_victims(self, size_bytes: int, busy: Container[str], name: str = "") -> Victims:

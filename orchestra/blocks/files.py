@@ -16,7 +16,8 @@ import errno
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from typing import Self
 
 import crc32c
 
@@ -29,6 +30,34 @@ from orchestra.blocks.reader import map_header, open_map, read_seal
 log = logging.getLogger(__name__)
 
 _NO_ATTRIBUTES_ERRNOS = (errno.ENOTSUP, errno.ENOSPC, errno.E2BIG)  # ext4 says ENOSPC when the inode has no room
+
+
+class _Temporary:
+    """A new file in tmp/, closed at the end of a `with`, and removed if it was not renamed."""
+
+    __slots__ = ("_disk", "fd", "path")
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        self._disk = disk
+        self.path = path
+        self.fd = disk.create(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is None:
+            self._disk.close(self.fd)
+        else:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Remove and close it."""
+        try:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        finally:
+            self._disk.close(self.fd)
 
 
 class BlockFiles:
@@ -45,23 +74,26 @@ class BlockFiles:
 
     # -- small objects ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def small_ready(self, digest: str, data: Buffer) -> Iterator[Callable[[], None]]:
-        """Write a whole small object, and give the function that puts it in place. Raises OSError, as that does."""
-        target = self._layout.small_file(digest)
+    def small_ready(self, digest: str, data: Buffer) -> _Temporary:
+        """Write a whole small object; `publish_small` puts it in place, before it is closed. Raises OSError."""
         seal = Seal(self._boot_id, bytes.fromhex(digest), len(data), crc32c.crc32c(data))
-        with self._temporary() as (temporary, fd):
-            self._disk.write_at(fd, data, 0)
-            self._seal(target, fd, seal)
+        temporary = self._temporary()
+        try:
+            self._disk.write_at(temporary.fd, data, 0)
+            self._seal(digest, temporary.fd, seal)
+        except BaseException:
+            temporary.give_up()
+            raise
+        return temporary
 
-            def publish() -> None:
-                try:
-                    self._disk.rename(temporary, target)
-                except IsADirectoryError:  # somebody's folder in the place of our file
-                    self.unlink(self.set_aside(digest))
-                    self._disk.rename(temporary, target)
-
-            yield publish
+    def publish_small(self, digest: str, temporary: _Temporary) -> None:
+        """Put a small object in place. Raises OSError."""
+        target = self._layout.small_file(digest)
+        try:
+            self._disk.rename(temporary.path, target)
+        except IsADirectoryError:  # somebody's folder in the place of our file
+            self.unlink(self.set_aside(digest))
+            self._disk.rename(temporary.path, target)
 
     def verify_small(self, digest: str, size_bytes: int) -> bool | None:
         """Check the bytes against the seal, and seal them for this boot; None if there is no such file."""
@@ -80,7 +112,7 @@ class BlockFiles:
             if len(data) != size_bytes or crc32c.crc32c(data) != seal.crc:
                 return False
             if seal.boot_id != self._boot_id:
-                self._seal(path, fd, Seal(self._boot_id, seal.digest, seal.size_bytes, seal.crc))
+                self._seal(digest, fd, Seal(self._boot_id, seal.digest, seal.size_bytes, seal.crc))
             return True
         except OSError as error:
             log.warning("cannot read cached object %s: %s", digest, error)
@@ -88,8 +120,8 @@ class BlockFiles:
         finally:
             os.close(fd)
 
-    def _seal(self, target: str, fd: int, seal: Seal) -> None:
-        """Attach the seal to the open file, or put it beside `target` where there are no extended attributes."""
+    def _seal(self, digest: str, fd: int, seal: Seal) -> None:
+        """Attach the seal to the open file, or put it beside the object's place where there are no such attributes."""
         if self._attributes_work:
             try:
                 self._disk.set_attribute(fd, SEAL_ATTRIBUTE, seal.pack())
@@ -99,9 +131,9 @@ class BlockFiles:
                     raise
                 self._attributes_work = False
                 log.warning("the cache's file system has no extended attributes; seals go into files of their own")
-        with self._temporary() as (temporary, side):
-            self._disk.write_at(side, seal.pack(), 0)
-            self._disk.rename(temporary, target + ".seal")
+        with self._temporary() as temporary:
+            self._disk.write_at(temporary.fd, seal.pack(), 0)
+            self._disk.rename(temporary.path, self._layout.small_file(digest) + ".seal")
 
     # -- extents ---------------------------------------------------------------------------------------------------
 
@@ -127,13 +159,13 @@ class BlockFiles:
 
     def new_extent(self, digest: str, size_bytes: int, extent_index: int) -> tuple[int, PresenceMap]:
         """Make the two files of an extent with no block present, where there are none. Raises OSError."""
-        with self._temporary() as (temporary, fd):
-            header = map_header(self._geometry, digest, size_bytes, extent_index, os.fstat(fd).st_ino)
-            self._disk.set_length(fd, header.extent_bytes)
-            self._disk.rename(temporary, self._layout.extent_file(digest, extent_index))
-        with self._temporary() as (temporary, fd):
-            self._disk.write_at(fd, header.pack(), 0)
-            self._disk.rename(temporary, self._layout.map_file(digest, extent_index))
+        with self._temporary() as temporary:
+            header = map_header(self._geometry, digest, size_bytes, extent_index, os.fstat(temporary.fd).st_ino)
+            self._disk.set_length(temporary.fd, header.extent_bytes)
+            self._disk.rename(temporary.path, self._layout.extent_file(digest, extent_index))
+        with self._temporary() as temporary:
+            self._disk.write_at(temporary.fd, header.pack(), 0)
+            self._disk.rename(temporary.path, self._layout.map_file(digest, extent_index))
         opened = self.open_extent(digest, size_bytes, extent_index, os.O_RDWR)
         if opened is None:
             raise OSError(errno.EIO, f"extent {digest}.{extent_index} vanished while it was made")
@@ -205,19 +237,8 @@ class BlockFiles:
     def _temporary_path(self) -> str:
         return f"{self._layout.prefix}/tmp/{self._pid}-{next(self._serial)}"
 
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[tuple[str, int]]:
-        """A new file in tmp/, closed at the end, and removed if it was not renamed."""
-        path = self._temporary_path()
-        fd = self._disk.create(path)
-        try:
-            yield path, fd
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
-        finally:
-            self._disk.close(fd)
+    def _temporary(self) -> _Temporary:
+        return _Temporary(self._disk, self._temporary_path())
 
 
 def _is_block_good(fd: int, marks: PresenceMap, block: int) -> bool:

@@ -236,6 +236,8 @@ class BlockStore:
         charge = _charge(self._geometry.block_range(size_bytes, block_index).length)
         with self._lock:
             self._accounts.expect(digest, origin)
+            if self._accounts.fits(charge, name):
+                return True
             try:
                 self._accounts.choose_victims(charge, self._busy() | {name}, name)
             except CacheFullError as error:
@@ -261,13 +263,16 @@ class BlockStore:
 
     def _make_room(self, charge: int, name: str) -> Origin | None:
         """Reserve that much, evicting what has to leave; return whose reservation it is."""
+        retired: list[str] = []
         with self._lock:
-            victims = self._accounts.choose_victims(charge, self._busy() | {name}, name)
-            self._accounts.evict(victims)
-            retired = [path for victim in victims for path in self._retire(victim)]
+            if not self._accounts.fits(charge, name):
+                victims = self._accounts.choose_victims(charge, self._busy() | {name}, name)
+                self._accounts.evict(victims)
+                retired = [path for victim in victims for path in self._retire(victim)]
             self._accounts.reserve(charge, name)
             owner = self._accounts.origin_of(name)
-        self._files.unlink(retired)
+        if retired:
+            self._files.unlink(retired)
         return owner
 
     def _drop_unused(self, name: str) -> None:
@@ -295,8 +300,8 @@ class BlockStore:
 
     def _write(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
         if self._geometry.is_small(size_bytes):
-            with self._files.small_ready(digest, data) as publish, self._lock:
-                publish()
+            with self._files.small_ready(digest, data) as temporary, self._lock:
+                self._files.publish_small(digest, temporary)
                 if digest not in self._accounts:
                     self._accounts.grow(digest, _charge(len(data)))
             return
