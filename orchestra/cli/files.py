@@ -157,21 +157,20 @@ def stat(session: Session, path: str, as_json: bool) -> None:
             ("version", entry.version),
             ("modified", _exact_time(entry.mtime_ns)),
             ("cached", of),
-            ("where", node if cached_bytes else "the store only"),
+        ]
         if nodes:
             fields += [("node", line) for line in where_lines(nodes, entry.size_bytes)]
         else:
             fields.append(("where", node if cached_bytes else "the store only"))
-        ]
     if mount is not None:
         fields.append(("store", f"{' '.join(mount[1])} (mounted at {mount[0]})"))
     print_fields(fields)
+
 
 def _nodes_of(session: Session, path: str) -> list[dict[str, Any]]:
     """Return what each node of the cluster holds of a file."""
     nodes: list[dict[str, Any]] = session.client.daemon_request("POST", "/v1/nodes/where", {"path": path})["nodes"]
     return nodes
-
 
 
 def _exact_time(mtime_ns: int) -> str:

@@ -23,7 +23,7 @@ class NodeFolder(FolderClient):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.config = SimpleNamespace(cache=SimpleNamespace(dir=Path("/cache")))
+        self.config = SimpleNamespace(cache=SimpleNamespace(dir=Path("/cache")), cluster=None)
         self.cached: dict[str, int] = {}
         self.mounts = [
             {"path": "/", "uris": ["file:///root"]},
