@@ -187,7 +187,6 @@ def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Cloc
     )
 
 
-def _space_admin(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> SpaceAdmin:
 def _mount_admin(
     config: Config,
     layout: CacheLayout,
@@ -212,6 +211,7 @@ def _control(cluster: ClusterNode | None, blocks: BlockStore, geometry: Geometry
     return None if cluster is None else NodeControl(cluster, blocks, geometry)
 
 
+def _space_admin(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> SpaceAdmin:
     reader = MetadataReader(layout.listing_file, layout.attr_file, clock=clock, boot_id=boot_id())
     return SpaceAdmin(blocks, reader, layout.root / "pins.json")
 
