@@ -40,8 +40,13 @@ class Seal:
 
     def pack(self) -> bytes:
         """Return the bytes on disk."""
-        head = _SEAL.pack(_SEAL_MAGIC, FORMAT_VERSION, self.boot_id, self.digest, self.size_bytes, self.crc, 0)
-        return head[:-4] + struct.pack("<I", crc32c.crc32c(head[:-4]))
+        return pack_seal(self.boot_id, self.digest, self.size_bytes, self.crc)
+
+
+def pack_seal(boot_id: bytes, digest: bytes, size_bytes: int, crc: int) -> bytes:
+    """Return the one seal that those bytes of that object may have in that boot."""
+    head = _SEAL.pack(_SEAL_MAGIC, FORMAT_VERSION, boot_id, digest, size_bytes, crc, 0)[:-4]
+    return head + crc32c.crc32c(head).to_bytes(4, "little")
 
 
 def unpack_seal(raw: bytes) -> Seal | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
+from orchestra.client.memory import keep_freed_memory
 from orchestra.client.reading import RawFile, in_parallel
 from orchestra.client.shared import shared_client
 from orchestra.clock import SystemClock
@@ -49,11 +50,19 @@ def read_many(paths: Sequence[str], config: str | None = None) -> list[bytes]:
 
     Raises NotFoundError and whatever else the client raises, for the first that fails.
     """
+    keep_freed_memory()
     inside = [namespace_path(path) for path in paths]
     named = [path for path in inside if path is not None]
     fetched = iter(shared_client(config).read_many(named) if named else ())
     local = iter(_read_local([path for path, name in zip(paths, inside, strict=True) if name is None]))
     return [next(local) if name is None else next(fetched) for name in inside]
+
+
+def ready(paths: Sequence[str], config: str | None = None) -> None:
+    """Make the process's client if the first of the files lies in the namespace. Nothing is sent. Raises
+    ConfigError."""
+    if paths and namespace_path(paths[0]) is not None:
+        shared_client(config)
 
 
 def list_folder(path: str | os.PathLike[str], config: str | None = None) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
 from orchestra.client.many import read_many
 from orchestra.client.process import start_daemon
+from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
 from orchestra.client.wire import ConnectionLostError, DaemonConnection
 from orchestra.clock import Clock, SystemClock, boot_id
@@ -201,6 +202,10 @@ class NodeClient:
 
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Client."""
+        if not start and stop is None:
+            data = self._small_reads().read(path)
+            if data is not None:
+                return data
         handle = self.open(path)
         try:
             size = handle.entry.size_bytes
@@ -210,7 +215,18 @@ class NodeClient:
 
     def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
         """See Client."""
-        return read_many(self, paths, at_once)
+        return read_many(self, paths, at_once, self._small_reads().read)
+
+    def _small_reads(self) -> SmallReads:
+        current = self._current()
+        return SmallReads(
+            current.table,
+            self._metadata,
+            self._layout,
+            current.geometry,
+            boot_id=self._boot_id,
+            note_hit=self._access_ring().hit,
+        )
 
     def cached_bytes(self, entry: Entry) -> int:
         """Return how many bytes of that version are on this node's disk."""

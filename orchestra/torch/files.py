@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from orchestra.client.filesets import find_files
-from orchestra.client.locations import read_many
+from orchestra.client.locations import read_many, ready
 from orchestra.errors import UsageError
 
 
@@ -49,6 +49,8 @@ class FileDataset(Dataset[Any]):
         self._files = find_files(source, labels, folder=folder, suffix=suffix, config=config)
         self._config = config
         self.transform = transform
+        # Now and not in each worker, which inherits it by fork: 50 ms of imports and of reading the configuration.
+        ready(self._files.paths, config)
 
     @property
     def classes(self) -> tuple[str, ...]:

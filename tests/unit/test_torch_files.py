@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from orchestra.client.filesets import PackedNames
 from orchestra.client.locations import read_many
 from orchestra.client.shared import close_shared_clients, shared_client
-from orchestra.errors import NotADirectoryPathError, NotFoundError, UsageError
+from orchestra.errors import ConfigError, NotADirectoryPathError, NotFoundError, UsageError
 from orchestra.torch import FileDataset, load_tensor
 from tests.support.folder_node import FolderNode, folder_node
 
@@ -205,3 +205,9 @@ def test_a_tensor_file_runs_no_code() -> None:
     torch.save({"call": print}, buffer)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         load_tensor(buffer.getvalue())
+
+
+def test_a_wrong_configuration_is_told_when_the_dataset_is_made(tmp_path: Path) -> None:
+    """And not by each worker: the client is made before workers are, which inherit it by fork."""
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        FileDataset(["orchestra:///data/a"], config=str(tmp_path / "missing.toml"))
