@@ -21,7 +21,7 @@ from orchestra.errors import NotFoundError
 ROUTE = "/v1/mounts"
 
 # What the daemon's API calls the fields of a mount that may be given.
-FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options", "quota_bytes", "ttl_s")
+FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options", "quota_bytes", "ttl_s", "replication")
 # What the daemon's API calls an option of ours, where that differs.
 _API_NAMES = {"freshness": "freshness_s", "quota": "quota_bytes", "ttl": "ttl_s"}
 

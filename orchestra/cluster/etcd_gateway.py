@@ -97,6 +97,13 @@ class EtcdGateway:
         compare = {"key": _text(key), "target": "LEASE", "result": "EQUAL", "lease": lease}
         return await self._put_if(compare, key, value, lease)
 
+    async def delete_if_unchanged(self, key: bytes, mod_revision: int) -> bool:
+        """Remove `key` if it is as of `mod_revision`; whether it was."""
+        compare = {"key": _text(key), "target": "MOD", "result": "EQUAL", "mod_revision": str(mod_revision)}
+        delete = {"request_delete_range": {"key": _text(key)}}
+        answer = await self._call("/v3/kv/txn", {"compare": [compare], "success": [delete]})
+        return bool(answer.get("succeeded"))
+
     async def watch(self, prefix: bytes, start_revision: int) -> AsyncIterator[tuple[int, tuple[WatchEvent, ...]]]:
         """Yield (revision, what changed at it) from `start_revision` on, whole revisions in order.
 

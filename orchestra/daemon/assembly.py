@@ -77,7 +77,7 @@ class Node:
     writers: ThreadPoolExecutor
     started_ns: int
     cluster: ClusterNode | None  # one machine
-    nodes: NodeControl | None  # beside `cluster`
+    nodes: NodeControl | None = None  # beside `cluster`
 
 
 def assemble(
@@ -129,13 +129,13 @@ def assemble(
         prefetch=PrefetchRunner(engine, geometry),
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
-        plans=_plan_runner(config, engine, blocks, clock),
+        plans=_plan_runner(config, engine, blocks, steering, clock),
         space=space,
         writers=writers,
         started_ns=clock.now_ns(),
         cluster=cluster,
-        nodes=_control(cluster, blocks, geometry),
     )
+    _control(node)
     jobs.resume()
     return node
 
@@ -207,8 +207,9 @@ def _mount_admin(
     )
 
 
-def _control(cluster: ClusterNode | None, blocks: BlockStore, geometry: Geometry) -> NodeControl | None:
-    return None if cluster is None else NodeControl(cluster, blocks, geometry)
+def _control(node: Node) -> None:
+    if node.cluster is not None:
+        node.nodes = NodeControl(node.cluster, node)
 
 
 def _space_admin(layout: CacheLayout, blocks: BlockStore, clock: Clock) -> SpaceAdmin:

@@ -82,11 +82,29 @@ class MountAdmin:
         Raises ConfigError (a bad path or URI, a mount over a mount, a bad option), or what the store says: a missing
         bucket, refused credentials, no connection. Then nothing has changed.
         """
-        check_mount_path(mount.path)
-        if self._table.get(mount.path) is not None:
-            raise ConfigError(f"mount {mount.path}: something is mounted there already; see: orchestra mount ls")
+        self.check_free(mount.path)
         await self._open_checked(mount)
         self._apply(self._config, [*self._added, mount])
+
+    def check_free(self, path: str) -> None:
+        """Raise ConfigError unless `path` can be a mount point and nothing is mounted there."""
+        check_mount_path(path)
+        if self._table.get(path) is not None:
+            raise ConfigError(f"mount {path}: something is mounted there already; see: orchestra mount ls")
+
+    async def check_store(self, mount: MountConfig) -> None:
+        """Raise what `add` would raise of the mount's store; nothing is mounted."""
+        await self._open_checked(mount, source="cluster")
+
+    def share(self, mounts: Sequence[MountConfig]) -> None:
+        """Take these as the mounts that all nodes of the cluster have. One whose path the configuration, or an added
+        mount, has already is left out, and the log says so."""
+        before, self._shared = self._shared, tuple(mounts)
+        try:
+            self._apply(self._config, self._added)
+        except OrchestraError:
+            self._shared = before
+            raise
 
     async def update(self, mount: MountConfig) -> None:
         """Replace an added mount. Raises as `add` does; ConfigError for a mount of the configuration file."""
@@ -94,20 +112,20 @@ class MountAdmin:
         await self._open_checked(mount)
         self._apply(self._config, [mount if old.path == mount.path else old for old in self._added])
 
-    async def _open_checked(self, mount: MountConfig) -> None:
+    async def _open_checked(self, mount: MountConfig, *, source: str = "added") -> None:
         if mount.quota_bytes is not None and mount.quota_bytes < self._geometry.block_size_bytes:
             raise ConfigError(
                 f"mount {mount.path}: quota ({format_size(mount.quota_bytes)}) must hold at least one block of "
                 f"{format_size(self._geometry.block_size_bytes)}"
             )
-        opened = self._open(mount, "added")
+        opened = self._open(mount, source)
         opened.check_usable()
         try:
             await opened.store.probe()
         except OrchestraError:
             await opened.store.close()
             raise
-        self._opened[_identity(mount, "added")] = opened
+        self._opened[_identity(mount, source)] = opened
 
     def remove(self, path: str) -> None:
         """Remove an added mount. What is cached of it stays until evicted. Raises ConfigError, NotFoundError."""
@@ -131,6 +149,11 @@ class MountAdmin:
         """Open what is new, then switch: table, memory on disk, publication."""
         added = list(added)
         wanted = [(mount, "config") for mount in config.mounts] + [(mount, "added") for mount in added]
+        taken = {mount.path for mount, _ in wanted}
+        for mount in self._shared:
+            if mount.path in taken:
+                log.warning("the cluster's mount %s is left out: this node has one of its own there", mount.path)
+        wanted += [(mount, "cluster") for mount in self._shared if mount.path not in taken]
         opened = [self._opened.get(_identity(mount, source)) or self._open(mount, source) for mount, source in wanted]
         table = MountTable(opened)
         if added != self._added:
@@ -171,6 +194,7 @@ class MountAdmin:
             )
             for mount in self._table
         )
+        before = self._published()
         write_namespace(
             self._layout.namespace,
             PublishedNamespace(
@@ -195,6 +219,7 @@ def mount_to_json(mount: MountConfig) -> dict[str, Any]:
         "options": dict(mount.options),
         "quota_bytes": mount.quota_bytes,
         "ttl_s": mount.ttl_s,
+        "replication": None if mount.replication is None else dataclasses.asdict(mount.replication),
     }
 
 
@@ -214,6 +239,7 @@ def mount_from_json(body: Mapping[str, Any]) -> MountConfig:
             options={str(name): str(value) for name, value in dict(body.get("options", {})).items()},
             quota_bytes=None if body.get("quota_bytes") is None else int(body["quota_bytes"]),
             ttl_s=None if body.get("ttl_s") is None else float(body["ttl_s"]),
+            replication=None if body.get("replication") is None else Replication(**body["replication"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, OrchestraError):

@@ -40,9 +40,9 @@ class Cluster:
         return [node.status()["cluster"] for node in self.nodes]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once `condition` holds, which is looked at every 20 ms; fail after PATIENCE_S."""
-    for _ in range(int(PATIENCE_S / 0.02)):
+def wait_until(condition: Callable[[], bool], *, looks: int = int(PATIENCE_S / 0.02)) -> None:
+    """Return once `condition` holds, which is looked at every 20 ms; fail after so many `looks`."""
+    for _ in range(looks):
         if condition():
             return
         threading.Event().wait(0.02)
@@ -74,6 +74,8 @@ def cluster_of(root: Path, count: int, *, cluster: Mapping[str, Any] | None = No
         for number, address in enumerate(addresses, 1):
             folder = root / f"n{number}"
             folder.mkdir()
-            table = {"listen": address, "nodes": addresses, **(cluster or {})}
+            table = {"listen": address, **(cluster or {})}
+            if "membership" not in table:
+                table["nodes"] = addresses
             nodes.append(stack.enter_context(daemon_node(folder, cluster=table, **tables)))
         yield Cluster(nodes)

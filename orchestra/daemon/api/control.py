@@ -16,6 +16,7 @@ from orchestra.config_file import settings_of
 from orchestra.daemon.api.context import NODE, answer
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.mounts import mount_from_json, mount_to_json
+from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.errors import UsageError
 from orchestra.prefetch.dataset import statuses_json
 from orchestra.stores.counting import HasStatistics
@@ -82,13 +83,20 @@ async def list_mounts(request: web.Request) -> web.Response:
 
 async def add_mount(request: web.Request) -> web.Response:
     """POST a mount -> {}; its store must answer."""
-    await request.app[NODE].mounts.add(mount_from_json(await _mount_body(request)))
+    mount = mount_from_json(await _mount_body(request))
+    shared = _shared_mounts(request)
+    await (request.app[NODE].mounts.add(mount) if shared is None else shared.add(mount))
     return answer({})
 
 
 async def update_mount(request: web.Request) -> web.Response:
     """PUT a mount -> {}: it replaces the added mount of that path."""
-    await request.app[NODE].mounts.update(mount_from_json(await _mount_body(request)))
+    mount = mount_from_json(await _mount_body(request))
+    shared = _shared_mounts(request)
+    if shared is not None and shared.has(mount.path):
+        await shared.update(mount)
+    else:
+        await request.app[NODE].mounts.update(mount)
     return answer({})
 
 
@@ -97,8 +105,18 @@ async def remove_mount(request: web.Request) -> web.Response:
     path = request.query.get("path")
     if not path:
         raise UsageError("DELETE /v1/mounts needs ?path=")
-    request.app[NODE].mounts.remove(path)
+    shared = _shared_mounts(request)
+    if shared is not None and shared.has(path):
+        await shared.remove(path)
+    else:
+        request.app[NODE].mounts.remove(path)
     return answer({})
+
+
+def _shared_mounts(request: web.Request) -> SharedMounts | None:
+    """The mounts of the whole cluster, where it has an etcd to keep them."""
+    control = request.app[NODE].nodes
+    return None if control is None else control.mounts
 
 
 async def _mount_body(request: web.Request) -> dict[str, Any]:

@@ -11,13 +11,25 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.store import BlockStore
 from orchestra.cluster.records import NodeRecord
 from orchestra.daemon.cluster import ClusterNode
+from orchestra.daemon.mounts import MountAdmin
 from orchestra.daemon.nodes.calls import NodeCalls
+from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
 from orchestra.errors import NotFoundError
+
+
+class NodeParts(Protocol):
+    """What a daemon without a cluster is made of, as far as it is asked for here."""
+
+    layout: CacheLayout
+    geometry: Geometry
+    blocks: BlockStore
+    mounts: MountAdmin
 
 
 class HasControl(Protocol):
@@ -29,13 +41,16 @@ class HasControl(Protocol):
 class NodeControl:
     """What a daemon in a cluster has besides one that stands alone. One event loop."""
 
-    def __init__(self, cluster: ClusterNode, blocks: BlockStore, geometry: Geometry) -> None:
+    def __init__(self, cluster: ClusterNode, parts: NodeParts) -> None:
         self.cluster = cluster
-        self.blocks = blocks
-        self.geometry = geometry
+        self.blocks = blocks = parts.blocks
+        self.geometry = geometry = parts.geometry
         self.calls = NodeCalls(cluster)
         self.overview = Overview(cluster, self.calls, self.status)
         self.presence = Presence(cluster, self.calls, blocks, geometry)
+        endpoints = cluster.config.endpoints
+        kept = parts.layout.root / "cluster-mounts.json"
+        self.mounts = SharedMounts(endpoints, parts.mounts, kept) if endpoints else None
 
     def status(self) -> dict[str, Any]:
         """Return how this node is, as it answers others."""
@@ -58,10 +73,17 @@ class NodeControl:
     async def running(self) -> AsyncIterator[None]:
         """Do what goes on by itself inside the block."""
         try:
-            async with asyncio.TaskGroup():
-                yield
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self.mounts.run())] if self.mounts is not None else []
+                try:
+                    yield
+                finally:
+                    for task in running:
+                        task.cancel()
         finally:
             await self.calls.close()
+            if self.mounts is not None:
+                await self.mounts.close()
 
 
 @contextlib.asynccontextmanager
