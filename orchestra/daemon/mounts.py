@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
-from orchestra.config import Config, FetchConfig, MountConfig, expand_variables
+from orchestra.config import Config, FetchConfig, MountConfig, Replication, expand_variables
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import CacheDirectoryError, ConfigError, NotFoundError, OrchestraError
 from orchestra.namespace.mounts import MountTable, check_mount_path
@@ -52,6 +52,7 @@ class MountAdmin:
         self._environ = environ
         self._on_change = on_change
         self._added = _read_added(layout)
+        self._shared: tuple[MountConfig, ...] = ()
         self._opened: dict[tuple[MountConfig, str], OpenedMount] = {}
         self._retired: list[UnderStore] = []
         self._apply(config, self._added)
