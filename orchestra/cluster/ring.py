@@ -126,7 +126,12 @@ def extent_key(object_id: ObjectId, extent_index: int) -> bytes:
 
     A rewritten object is another object, placed anew. Other kinds of keys begin with another letter.
     """
-    return f"e{object_id.digest()}:{extent_index}".encode()
+    return digest_key(object_id.digest(), extent_index)
+
+
+def digest_key(digest: str, extent_index: int) -> bytes:
+    """Return the key of an extent of the object with that digest."""
+    return f"e{digest}:{extent_index}".encode()
 
 
 def _score(weight: int, draw: int) -> decimal.Decimal:

@@ -17,19 +17,22 @@ from orchestra.blocks.index import BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
-from orchestra.config import Config, FetchConfig
-from orchestra.daemon.cluster import ClusterNode
+from orchestra.config import ClusterConfig, Config, FetchConfig
+from orchestra.daemon.cluster import ClusterNode, secret_of
 from orchestra.daemon.jobs.journal import Journal
 from orchestra.daemon.jobs.load import LoadTools
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.lock import OwnerLock
 from orchestra.daemon.mounts import MountAdmin, StoreOpener
 from orchestra.daemon.nodes.control import NodeControl
+from orchestra.daemon.peers import PeerService
 from orchestra.daemon.space import SpaceAdmin
 from orchestra.engine.engine import Engine
 from orchestra.engine.mounted import OpenedMount
+from orchestra.engine.sharing import ClusterSharing
 from orchestra.fetch.budget import ByteBudget
 from orchestra.fetch.fetcher import Fetcher
+from orchestra.fetch.shared import SharedFetcher
 from orchestra.metadata.catalog import Catalog
 from orchestra.metadata.reader import MetadataReader
 from orchestra.namespace.mounts import MountTable
@@ -89,7 +92,7 @@ def assemble(
     """
     asyncio.get_running_loop()
     clock = clock or SystemClock()
-    cluster = None if config.cluster is None else ClusterNode(config.cluster, config.cache.size_bytes, clock)
+    secret = None if config.cluster is None else secret_of(config.cluster)
     geometry = Geometry(config.cache.block_size_bytes, config.cache.extent_size_bytes)
     layout, geometry = prepare(config.cache.dir, geometry)
     lock = OwnerLock(layout.lock, started=started)
@@ -102,6 +105,7 @@ def assemble(
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
     nothing: MountTable[OpenedMount] = MountTable([])
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
+    cluster = None if config.cluster is None else _clustered(config, config.cluster, secret, engine, clock)
 
     space = _space_admin(layout, blocks, clock)
     open_store, use = open_store or _open_store, partial(_use_mounts, engine, space)
@@ -129,7 +133,7 @@ def assemble(
         prefetch=PrefetchRunner(engine, geometry),
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
-        plans=_plan_runner(config, engine, blocks, steering, clock),
+        plans=_plan_runner(config, engine, blocks, clock),
         space=space,
         writers=writers,
         started_ns=clock.now_ns(),
@@ -156,6 +160,21 @@ async def disassemble(node: Node) -> None:
     node.accesses.close()
     node.changes.close()
     node.lock.release()
+
+
+def _clustered(
+    config: Config, settings: ClusterConfig, secret: bytes | None, engine: Engine, clock: Clock
+) -> ClusterNode:
+    """Make the node's part in its cluster: the engine asks an extent's owners before the store, and others ask it."""
+    geometry = engine.geometry
+    block_size = geometry.block_size_bytes
+    cluster = ClusterNode(settings, secret, config.cache.size_bytes, clock, block_size_bytes=block_size)
+    between = ByteBudget(config.fetch.in_flight_bytes_max)
+    shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
+    engine.sharing = ClusterSharing(shared, geometry, replicas=settings.replicas)
+    cluster.shared = shared
+    cluster.service = PeerService(engine, engine.blocks, geometry, engine.writers, cluster.is_first_owner)
+    return cluster
 
 
 def _open_blocks(

@@ -14,13 +14,22 @@ from typing import Any
 from orchestra.clock import Clock
 from orchestra.cluster.drivers import make_driver
 from orchestra.cluster.member import ClusterMember, News
-from orchestra.cluster.membership import PublishRing
+from orchestra.cluster.membership import Connect, Disconnect, PublishRing
+from orchestra.cluster.peers import Peers
 from orchestra.cluster.proof import ProofChecker, ProofSigner, read_secret
 from orchestra.cluster.records import NodeRecord
-from orchestra.cluster.ring import Ring
+from orchestra.cluster.ring import Ring, digest_key
 from orchestra.config import ClusterConfig
+from orchestra.daemon.peers import PeerService
+from orchestra.fetch.shared import SharedFetcher
 
 log = logging.getLogger(__name__)
+
+
+def secret_of(cluster: ClusterConfig) -> bytes | None:
+    """Return the cluster's secret, None where its settings name no file. Raises ConfigError, in one line, if the file
+    is not fit to hold one."""
+    return None if cluster.secret_file is None else read_secret(cluster.secret_file)
 
 
 class ClusterNode:
@@ -30,17 +39,27 @@ class ClusterNode:
     disks that outlive their addresses.
     """
 
-    def __init__(self, cluster: ClusterConfig, capacity_bytes: int, clock: Clock) -> None:
-        """Reads the secret. Raises ConfigError, in one line, if its file is not fit to hold one."""
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        secret: bytes | None,
+        capacity_bytes: int,
+        clock: Clock,
+        *,
+        block_size_bytes: int,
+    ) -> None:
         self.config = cluster
         self._clock = clock
-        secret = None if cluster.secret_file is None else read_secret(cluster.secret_file)
         node_id = cluster.node_id or cluster.listen
         record = NodeRecord(node_id, cluster.listen, capacity_bytes, instance=secrets.token_hex(8))
         # Without a secret all addresses are loopback, and requests carry and need no proof.
         self.signer = None if secret is None else ProofSigner(secret, record.node_id, clock)
         self.checker = None if secret is None else ProofChecker(secret, record.node_id, clock)
         self._first_record = record
+        self.peers = Peers(clock, self.signer, block_size_bytes=block_size_bytes)
+        # Set by assembly, with what it joins.
+        self.shared: SharedFetcher | None = None
+        self.service: PeerService | None = None
         self.member = ClusterMember(record, make_driver(cluster, record, clock), clock, self._tell)
 
     @property
@@ -63,6 +82,17 @@ class ClusterNode:
         """The records of all nodes known now, by id; those that drain among them."""
         return self.member.membership.records
 
+    def owners(self, digest: str, extent_index: int, replicas: int) -> tuple[str, ...]:
+        """The extent's owners, the first one first; empty before there is a ring."""
+        ring = self.ring
+        if not ring.nodes:
+            return ()
+        return tuple(node.node_id for node in ring.owners(digest_key(digest, extent_index), replicas))
+
+    def is_first_owner(self, digest: str, extent_index: int) -> bool:
+        """Whether this node is the one that reads that extent from its store."""
+        return self.owners(digest, extent_index, 1) == (self.node_id,)
+
     def status(self) -> dict[str, Any]:
         """Return who this node is, its ring and the nodes it knows, as `daemon status --json` shows them."""
         ring = self.ring
@@ -72,17 +102,27 @@ class ClusterNode:
             "ring": {"revision": ring.revision, "digest": ring.digest, "nodes": len(ring.nodes)},
             "nodes": [asdict(record) for record in self.members],
             "source_error": self.member.membership.source_error,
+            "shared": {} if self.shared is None else asdict(self.shared.statistics),
+            "peers": {node_id: asdict(counts) for node_id, counts in self.peers.counts().items()},
         }
 
     async def run(self) -> None:
         """Take part until cancelled; then leave."""
-        await self.member.run()
+        try:
+            await self.member.run()
+        finally:
+            self.peers.close()
 
     def drain(self) -> None:
         """Own nothing new from now on; peers may go on reading."""
         self.member.drain()
 
     def _tell(self, news: News) -> None:
-        if isinstance(news, PublishRing):
+        if isinstance(news, Connect):
+            if news.record.node_id != self.node_id:
+                self.peers.connect(news.record)
+        elif isinstance(news, Disconnect):
+            self.peers.disconnect(news.node_id)
+        elif isinstance(news, PublishRing):
             nodes = ", ".join(node.node_id for node in news.ring.nodes)
             log.info("ring %d (%s) of %d nodes: %s", news.ring.revision, news.ring.digest, len(news.ring.nodes), nodes)

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from orchestra.blocks.accounts import CacheFullError, NotAdmittedError
 from orchestra.blocks.geometry import Geometry
@@ -52,6 +54,7 @@ class Wanted:
     mount: OpenedMount
     info: ObjectInfo
     byte_range: ByteRange
+    is_for_peer: bool = False  # asked by another node, which this one must not ask in turn
 
     @property
     def object_id(self) -> ObjectId:
@@ -66,6 +69,29 @@ class Access:
     wanted: Wanted
     digest: str
     blocks: range
+
+
+Bringing = AbstractAsyncContextManager[Buffer, bool | None]
+
+
+class Sharing(Protocol):
+    """What a cluster changes about a miss; see engine/sharing.py."""
+
+    def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
+        """Whether this node is to keep that block at all."""
+        ...
+
+    def cut(self, parts: Iterable[range]) -> Iterable[range]:
+        """Return the parts as they can be asked of other nodes: each in one extent."""
+        ...
+
+    def part(self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int]) -> Bringing:
+        """As Fetcher.part, from the blocks' owners or the store."""
+        ...
+
+    def hasten(self, task: asyncio.Task[bool], priority: Priority) -> None:
+        """As Fetcher.hasten."""
+        ...
 
 
 @dataclass(slots=True)
@@ -94,14 +120,16 @@ class Engine:
     ) -> None:
         self.mounts = mounts
         self._catalog = catalog
-        self._blocks = blocks
-        self._fetcher = fetcher
-        self._geometry = geometry
-        self._writers = writers
+        self.blocks = blocks
+        self.fetcher = fetcher
+        self.geometry = geometry
+        self.writers = writers
         # The one task that brings a block, by (digest, block index).
         self._flights: dict[tuple[str, int], asyncio.Task[bool]] = {}
         # Since when a reader waits for a flight; the others nobody waits for.
         self._wanted_ns: dict[asyncio.Task[bool], int] = {}
+        # Set where there is a cluster; else every part comes from its store.
+        self.sharing: Sharing | None = None
         self.stalls = fetcher.stalls
         self._listeners: list[Callable[[Access], None]] = []
         self.statistics = EngineStatistics()
@@ -182,9 +210,9 @@ class Engine:
         missing = await self._missing(digest, wanted, suspect=suspect)
         if not missing:
             return True
-        if priority is Priority.DEMAND:
+        if priority is Priority.DEMAND and not wanted.is_for_peer:
             for listener in self._listeners:
-                listener(Access(wanted, digest, self._geometry.blocks_of(wanted.byte_range)))
+                listener(Access(wanted, digest, self.geometry.blocks_of(wanted.byte_range)))
         if not self._is_kept(digest, wanted, missing[0]):
             return False  # to fetch what cannot be kept would be to fetch it twice
         return await self._all_of(self._join_or_start(digest, wanted, missing, priority), wanted)
@@ -195,9 +223,9 @@ class Engine:
         Who asks must not cancel the future: others may wait for the same fetch.
         """
         digest = wanted.object_id.digest()
-        touched = self._geometry.blocks_of(wanted.byte_range)
+        touched = self.geometry.blocks_of(wanted.byte_range)
         size = wanted.info.size_bytes
-        if any(self._blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
+        if any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
             return asyncio.ensure_future(self.ensure(wanted))  # part of it is here: files may have to be looked at
         self.statistics.ensures += 1
         for listener in self._listeners:
@@ -214,9 +242,11 @@ class Engine:
         return flight
 
     def _is_kept(self, digest: str, wanted: Wanted, block: int) -> bool:
-        """Whether that block would be kept, going by room, eviction policy, pins and quotas."""
+        """Whether that block would be kept, going by room, eviction policy, pins, quotas and who owns it."""
+        if self.sharing is not None and not self.sharing.may_keep(digest, wanted, block):
+            return False
         origin = Origin(wanted.mount.store.store_id, wanted.info.key)
-        return self._blocks.admits(digest, wanted.info.size_bytes, block, origin)
+        return self.blocks.admits(digest, wanted.info.size_bytes, block, origin)
 
     async def _all_of(self, flights: set[asyncio.Task[bool]], wanted: Wanted) -> bool:
         try:
@@ -242,19 +272,23 @@ class Engine:
 
     def holds_some(self, wanted: Wanted) -> bool:
         """Whether there is a file that may hold the first of these bytes; False is certain. Costs no system call."""
-        block = wanted.byte_range.start // self._geometry.block_size_bytes
-        return self._blocks.holds(wanted.object_id.digest(), wanted.info.size_bytes, block)
+        block = wanted.byte_range.start // self.geometry.block_size_bytes
+        return self.blocks.holds(wanted.object_id.digest(), wanted.info.size_bytes, block)
 
     async def read_uncached(self, wanted: Wanted) -> AsyncIterator[Buffer]:
         """Yield the bytes straight from the store, in order, part by part: when there is no room to keep them, or
         for a reader that may not read the cache directory."""
-        part = self._geometry.block_size_bytes
+        if self.sharing is not None:
+            async for data in self._read_uncached_shared(self.sharing, wanted):
+                yield data
+            return
+        part = self.geometry.block_size_bytes
         start = wanted.byte_range.start
         while start < wanted.byte_range.stop:
             piece = ByteRange(start, min(start - start % part + part, wanted.byte_range.stop))
             marks = [self.stalls.now_ns()]
             try:
-                async with self._fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND, marks) as data:
+                async with self.fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND, marks) as data:
                     self.stalls.add_flight(marks[0], [*marks, marks[-1]])
                     self.statistics.uncached_bytes += len(data)
                     yield data
@@ -263,38 +297,55 @@ class Engine:
                 raise
             start = piece.stop
 
+    async def _read_uncached_shared(self, sharing: Sharing, wanted: Wanted) -> AsyncIterator[Buffer]:
+        """Whole blocks, because only those have checksums; one at a time."""
+        digest = wanted.object_id.digest()
+        for block in self.geometry.blocks_of(wanted.byte_range):
+            whole = self.geometry.block_range(wanted.info.size_bytes, block)
+            marks = [self.stalls.now_ns()]
+            try:
+                part = range(block, block + 1)
+                async with sharing.part(digest, wanted, part, Priority.DEMAND, marks) as data:
+                    self.stalls.add_flight(marks[0], [*marks, marks[-1]])
+                    self.statistics.uncached_bytes += len(data)
+                    start = max(wanted.byte_range.start, whole.start) - whole.start
+                    yield memoryview(data)[start : min(wanted.byte_range.stop, whole.stop) - whole.start]
+            except StaleObjectError:
+                self._note_stale(wanted)
+                raise
+
     async def _missing(self, digest: str, wanted: Wanted, *, suspect: bool) -> list[int]:
         """The blocks that are not here, after verifying files that no process of this boot vouches for."""
         size = wanted.info.size_bytes
-        touched = self._geometry.blocks_of(wanted.byte_range)
-        if not any(self._blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
+        touched = self.geometry.blocks_of(wanted.byte_range)
+        if not any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
             return list(touched)
         if not suspect:
-            missing_now = self._blocks.missing_in_filling(digest, size, touched)
+            missing_now = self.blocks.missing_in_filling(digest, size, touched)
             if missing_now is not None:
                 return missing_now
-        local = self._blocks.open_object(digest, size)
+        local = self.blocks.open_object(digest, size)
         try:
             missing = local.missing_blocks(wanted.byte_range)
             # A file that is open is vouched for in this boot: what it lacks was never there.
             doubted = touched if suspect else [block for block in missing if not local.has_file(block)]
             files = {
-                block // self._geometry.blocks_per_extent: block
+                block // self.geometry.blocks_per_extent: block
                 for block in doubted
-                if self._blocks.holds(digest, size, block)
+                if self.blocks.holds(digest, size, block)
             }
             if not files:
                 return missing
             loop = asyncio.get_running_loop()
             for block in files.values():
-                await loop.run_in_executor(self._writers, self._blocks.verify, digest, size, block)
+                await loop.run_in_executor(self.writers, self.blocks.verify, digest, size, block)
             local.close()
             return local.missing_blocks(wanted.byte_range)
         finally:
             local.close()
 
     def _first_of_each_file(self, blocks: range) -> list[int]:
-        return [run.start for _, run in self._geometry.extents_of(blocks)]
+        return [run.start for _, run in self.geometry.extents_of(blocks)]
 
     def _join_or_start(
         self, digest: str, wanted: Wanted, missing: Sequence[int], priority: Priority
@@ -308,16 +359,21 @@ class Engine:
             else:
                 self.statistics.blocks_joined += 1
                 if flight not in flights:
-                    self._fetcher.hasten(flight, priority)
+                    self.fetcher.hasten(flight, priority)
+                    if self.sharing is not None:
+                        self.sharing.hasten(flight, priority)
                 flights.add(flight)
-        for part in plan_parts(absent, block_size_bytes=self._geometry.block_size_bytes):
+        parts: Iterable[range] = plan_parts(absent, block_size_bytes=self.geometry.block_size_bytes)
+        if self.sharing is not None:
+            parts = self.sharing.cut(parts)
+        for part in parts:
             marks: list[int] = []
             task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority, marks))
             for block in part:
                 self._flights[(digest, block)] = task
             task.add_done_callback(partial(self._land, digest, part, marks))
             flights.add(task)
-        if priority is Priority.DEMAND:
+        if priority is Priority.DEMAND and not wanted.is_for_peer:
             now_ns = self.stalls.now_ns()
             for flight in flights:
                 self._wanted_ns.setdefault(flight, now_ns)
@@ -336,13 +392,17 @@ class Engine:
     async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: list[int]) -> bool:
         marks.append(self.stalls.now_ns())
         size = wanted.info.size_bytes
-        first = self._geometry.block_range(size, part.start)
-        last = self._geometry.block_range(size, part.stop - 1)
+        first = self.geometry.block_range(size, part.start)
+        last = self.geometry.block_range(size, part.stop - 1)
         span = ByteRange(first.start, last.stop)
-        async with self._fetcher.part(wanted.mount.store, wanted.info, span, priority, marks) as data:
+        if self.sharing is None:
+            brought: Bringing = self.fetcher.part(wanted.mount.store, wanted.info, span, priority, marks)
+        else:
+            brought = self.sharing.part(digest, wanted, part, priority, marks)
+        async with brought as data:
             view = memoryview(data)
             for block in part:
-                block_range = self._geometry.block_range(size, block)
+                block_range = self.geometry.block_range(size, block)
                 piece = view[block_range.start - span.start : block_range.stop - span.start]
                 if not await self._publish(digest, size, block, piece):
                     return False
@@ -353,10 +413,10 @@ class Engine:
         """Write a block; False if it cannot be kept. A failing cache disk makes reads slower, never wrong."""
         try:
             if len(data) <= _INLINE_WRITE_BYTES_MAX:
-                self._blocks.write_block(digest, size_bytes, block, data)
+                self.blocks.write_block(digest, size_bytes, block, data)
             else:
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._writers, self._blocks.write_block, digest, size_bytes, block, data)
+                await loop.run_in_executor(self.writers, self.blocks.write_block, digest, size_bytes, block, data)
         except NotAdmittedError as error:
             log.info("not cached: %s", error)  # what is here became worth more while this was on its way
             return False

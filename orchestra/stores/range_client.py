@@ -56,15 +56,27 @@ class ConnectionClosedError(Exception):
     """The connection ended before the first byte of the answer: an idle one that the server had given up."""
 
 
+class ConnectTimeoutError(TimeoutError):
+    """Nobody took the connection in time."""
+
+
 class RangeClient:
     """Connections to one server. One event loop; opens nothing before its first request."""
 
-    def __init__(self, base_url: str, *, ssl_context: ssl.SSLContext | None, stall_timeout_s: float) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        ssl_context: ssl.SSLContext | None,
+        stall_timeout_s: float,
+        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
+    ) -> None:
         parts = urlsplit(base_url)
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl_context if parts.scheme == "https" else None
         self._stall_timeout_s = stall_timeout_s
+        self._connect_timeout_s = min(connect_timeout_s, stall_timeout_s)
         self._idle: list[_Connection] = []
         self._is_closed = False
         self._busy: set[_Connection] = set()
@@ -76,6 +88,7 @@ class RangeClient:
 
         Raises NotPlainError, OSError (TimeoutError among them), ssl.SSLError, StoreUnavailableError for a body cut
         short. After an error or a cancellation the connection is closed and nobody writes into its buffer any more.
+        Interim answers (1xx) say that the server works on it: they count as progress.
         """
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         request = f"GET {target} HTTP/1.1\r\n{lines}accept-encoding: identity\r\n\r\n".encode("latin-1")
@@ -92,6 +105,10 @@ class RangeClient:
             raise ConnectionResetError("the server closed the connection without an answer") from error
 
     async def close(self) -> None:
+        """As `close_idle`."""
+        self.close_idle()
+
+    def close_idle(self) -> None:
         """Close idle connections; those in use close when their requests end."""
         self._is_closed = True
         if self._timer is not None:
@@ -133,14 +150,17 @@ class RangeClient:
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(min(_CONNECT_TIMEOUT_S, self._stall_timeout_s)):
-            _, connection = await loop.create_connection(
-                partial(_Connection, self._buffers),
-                self._host,
-                self._port,
-                ssl=self._ssl,
-                server_hostname=self._host if self._ssl is not None else None,
-            )
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(
+                    partial(_Connection, self._buffers),
+                    self._host,
+                    self._port,
+                    ssl=self._ssl,
+                    server_hostname=self._host if self._ssl is not None else None,
+                )
+        except TimeoutError as error:
+            raise ConnectTimeoutError(f"no connection within {self._connect_timeout_s:g}s") from error
         return connection
 
 
@@ -247,7 +267,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._body_length += nbytes
         else:
             self._head_length += nbytes
-            end = self._head.find(b"\r\n\r\n", 0, self._head_length)
+            end = self._end_of_head()
             if end < 0:
                 if self._head_length >= _HEAD_BYTES_MAX:
                     self._fail(NotPlainError("the head of the answer is too long"))
@@ -260,6 +280,17 @@ class _Connection(asyncio.BufferedProtocol):
         assert self._body is not None
         if self._body_length == len(self._body):
             self._done.set_result(None)
+
+    def _end_of_head(self) -> int:
+        """Where the final answer's head ends, -1 as long as it is not all here; interim answers before it are left
+        out."""
+        while True:
+            end = self._head.find(b"\r\n\r\n", 0, self._head_length)
+            if end < 0 or self._head[9:10] != b"1":
+                return end
+            rest = self._head[end + 4 : self._head_length]
+            self._head[: len(rest)] = rest
+            self._head_length = len(rest)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -17,6 +18,7 @@ from orchestra.cluster.records import encode_record
 from orchestra.config_cluster import split_address
 from orchestra.daemon.api import asked
 from orchestra.daemon.api.context import NODE, Activity, answer
+from orchestra.daemon.api.peer import PeerConnection
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.cluster import ClusterNode
 from orchestra.errors import ConfigError, OrchestraError, UsageError, http_status_of, to_wire
@@ -95,9 +97,12 @@ async def clustered(node: Node, activity: Activity) -> AsyncIterator[None]:
     await runner.setup()
     web_server = runner.server
     assert web_server is not None, "the runner was set up"
+    service = cluster.service
+    assert service is not None, "assembly joined them"
     host, port = split_address(cluster.config.listen)
+    connection = partial(PeerConnection, web_server, service, cluster.checker, activity)
     try:
-        server = await asyncio.get_running_loop().create_server(web_server, host, port, backlog=_BACKLOG)
+        server = await asyncio.get_running_loop().create_server(connection, host, port, backlog=_BACKLOG)
     except OSError as error:
         await runner.cleanup()
         raise ConfigError(

@@ -1,0 +1,163 @@
+"""What other nodes ask of this one: blocks that it holds, or fetches for them.
+
+Owns: checking what they ask for, reading through, opening the files. Leaves to others: HTTP (api.peer), fetching
+(engine), who asks whom (fetch.shared).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.reader import FilePlace, LocalObject
+from orchestra.blocks.store import BlockStore
+from orchestra.cluster.peer_wire import Cause, ExtentPart, PeerError
+from orchestra.engine.engine import Engine, Wanted
+from orchestra.engine.mounted import OpenedMount
+from orchestra.errors import OrchestraError, StaleObjectError
+from orchestra.fetch.budget import Priority
+from orchestra.namespace.paths import normalize_path
+from orchestra.values import ByteRange, ObjectInfo
+
+# How long a node waits, for another node, for a flight that may itself wait for a node: see fetch.shared. A dead owner
+# is given up within 2.5 s.
+ELSEWHERE_S = 3.0
+
+
+class HeldPart:
+    """Bytes in an open file; closed by whoever asked."""
+
+    __slots__ = ("_local", "place")
+
+    def __init__(self, local: LocalObject, place: FilePlace) -> None:
+        self._local = local
+        self.place = place
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._local.close()
+
+
+class PeerService:
+    """Answers for this node's blocks. One event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        blocks: BlockStore,
+        geometry: Geometry,
+        readers: ThreadPoolExecutor,
+        is_first_owner: Callable[[str, int], bool],
+    ) -> None:
+        """Bytes that are not in the page cache are read in `readers`. `is_first_owner` says of an extent (digest and
+        index) whether this node reads it through without asking others to."""
+        self._engine = engine
+        self._blocks = blocks
+        self._geometry = geometry
+        self._readers = readers
+        self._is_first_owner = is_first_owner
+
+    def held(self, part: ExtentPart) -> HeldPart | None:
+        """Return those blocks if they are here now. Raises PeerError for what cannot be asked for."""
+        return self._open(part, self._blocks_of(part))
+
+    async def bring(self, part: ExtentPart, *, suspect: bool = False) -> HeldPart:
+        """Return those blocks, fetched first if they are not here. Raises PeerError; cancelling leaves fetches running
+        that others may wait for."""
+        blocks = self._blocks_of(part)
+        if part.held_only:
+            raise PeerError(Cause.NOT_HELD, "not held")
+        mount = self._mount_of(part.object_id.store_id)
+        size = part.size_bytes
+        wanted = Wanted(
+            mount,
+            ObjectInfo(part.object_id.key, size, 0, part.object_id.version),
+            ByteRange(
+                self._geometry.block_range(size, blocks.start).start,
+                self._geometry.block_range(size, blocks.stop - 1).stop,
+            ),
+            is_for_peer=True,
+        )
+        limit_s = None if self._is_first_owner(part.digest, part.extent_index) else ELSEWHERE_S
+        try:
+            async with asyncio.timeout(limit_s):
+                is_kept = await self._engine.ensure(
+                    wanted, Priority(min(part.priority, max(Priority))), suspect=suspect
+                )
+        except TimeoutError as error:
+            raise PeerError(Cause.ELSEWHERE, "it waits for another node itself") from error
+        except StaleObjectError as error:
+            raise PeerError(Cause.STALE, str(error)) from error
+        except OrchestraError as error:
+            raise PeerError(Cause.STORE_FAILED, str(error)) from error
+        opened = self._open(part, blocks) if is_kept else None
+        if opened is None:
+            raise PeerError(Cause.NOT_KEPT, "it cannot be kept here")
+        return opened
+
+    async def warm(self, place: FilePlace) -> None:
+        """Return when the bytes are in the page cache: what sends them would hold up everybody while the disk reads."""
+        if _is_resident(place):
+            return
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._readers, os.pread, place.fd, place.length, place.offset)
+
+    def _open(self, part: ExtentPart, blocks: range) -> HeldPart | None:
+        if not self._blocks.holds(part.digest, part.size_bytes, blocks.start):
+            return None
+        self._blocks.touch(part.digest, blocks.start)
+        local = self._blocks.open_object(part.digest, part.size_bytes)
+        place = local.place_of(blocks)
+        if place is None:
+            local.close()
+            return None
+        return HeldPart(local, place)
+
+    def _blocks_of(self, part: ExtentPart) -> range:
+        """The blocks of the object that are asked for. Raises PeerError unless they are whole ones of that extent, as
+        this node cuts objects."""
+        geometry, span = self._geometry, part.file_range
+        key = part.object_id.key
+        if not 0 <= part.extent_index < geometry.extent_count(part.size_bytes) or f"/{key}" != _normal(key):
+            raise PeerError(Cause.REFUSED, "no such extent")
+        length = geometry.extent_length(part.size_bytes, part.extent_index)
+        is_whole = span.start % geometry.block_size_bytes == 0 and (
+            span.stop % geometry.block_size_bytes == 0 or span.stop == length
+        )
+        if not span.length or span.stop > length or not is_whole:
+            raise PeerError(Cause.REFUSED, f"these are no blocks of {geometry.block_size_bytes} bytes")
+        first = part.extent_index * geometry.extent_size_bytes
+        return geometry.blocks_of(ByteRange(first + span.start, first + span.stop))
+
+    def _mount_of(self, store_id: str) -> OpenedMount:
+        for mount in self._engine.mounts:
+            if mount.opened is not None and mount.opened.store_id == store_id:
+                return mount
+        raise PeerError(Cause.NOT_MOUNTED, f"{store_id} is not mounted on this node")
+
+
+def _priority_of(part: ExtentPart) -> Priority:
+    return Priority(min(part.priority, Priority.BACKGROUND))
+
+
+def _normal(key: str) -> str:
+    try:
+        return normalize_path(f"/{key}")
+    except OrchestraError:
+        return ""
+
+
+def _is_resident(place: FilePlace) -> bool:
+    """Whether the first, the middle and the last byte can be read without the disk; also where that cannot be told."""
+    one = bytearray(1)
+    try:
+        for at in (0, place.length // 2, place.length - 1):
+            os.preadv(place.fd, [one], place.offset + at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that cannot tell
+        return True
+    return True

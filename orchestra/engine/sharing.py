@@ -1,0 +1,74 @@
+"""A miss in a cluster: which extents a part lies in, how many owners its mount asks for, whether this node keeps it.
+
+Owns: turning what the engine wants into what the fetch stage asks other nodes for. Leaves to others: whom to ask, and
+when to go to the store (fetch.shared).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.cluster.peer_wire import ExtentPart
+from orchestra.config import MountConfig
+from orchestra.fetch.budget import Priority
+from orchestra.fetch.shared import SharedFetcher, SharedPart
+from orchestra.values import ByteRange
+
+if TYPE_CHECKING:
+    from orchestra.engine.engine import Bringing, Wanted
+
+
+class ClusterSharing:
+    """See engine.Sharing. One event loop."""
+
+    def __init__(self, shared: SharedFetcher, geometry: Geometry, *, replicas: int) -> None:
+        """`replicas` holds for mounts that do not say."""
+        self._shared = shared
+        self._geometry = geometry
+        self._replicas = replicas
+
+    def replicas_of(self, mount: MountConfig) -> int:
+        """How many owners an extent of that mount has."""
+        replication = mount.replication
+        return self._replicas if replication is None or replication.min is None else replication.min
+
+    def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
+        """See engine.Sharing: owners do; others where the mount allows passive copies."""
+        replication = wanted.mount.config.replication
+        if replication is None or replication.passive:
+            return True
+        extent = block // self._geometry.blocks_per_extent
+        return self._shared.is_owner(digest, extent, self.replicas_of(wanted.mount.config))
+
+    def cut(self, parts: Iterable[range]) -> Iterator[range]:
+        """See engine.Sharing."""
+        for part in parts:
+            for _, run in self._geometry.extents_of(part):
+                yield run
+
+    def part(self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int]) -> Bringing:
+        """See engine.Sharing."""
+        size = wanted.info.size_bytes
+        start = self._geometry.block_range(size, blocks.start).start
+        stop = self._geometry.block_range(size, blocks.stop - 1).stop
+        index = blocks.start // self._geometry.blocks_per_extent
+        first = index * self._geometry.extent_size_bytes
+        wire = ExtentPart(
+            wanted.object_id, digest, size, index, ByteRange(start - first, stop - first), priority=int(priority)
+        )
+        part = SharedPart(
+            wanted.mount.store,
+            wanted.info,
+            wire,
+            ByteRange(start, stop),
+            self.replicas_of(wanted.mount.config),
+            wanted.is_for_peer,
+        )
+        return self._shared.part(part, priority, marks)
+
+    def hasten(self, task: asyncio.Task[bool], priority: Priority) -> None:
+        """See engine.Sharing."""
+        self._shared.between.hasten(task, priority)

@@ -1,0 +1,95 @@
+"""Blocks between nodes: each leaves the store once for the cluster, and every byte that a reader gets is right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from tests.support.clusters import Cluster, cluster_of
+from tests.support.counting_store import CountingServer, counting_server
+
+pytestmark = pytest.mark.system
+
+BLOCK = 64 * 1024
+SMALL, LARGE = 24, 3
+LARGE_BYTES = 10 * BLOCK + 17
+
+
+@contextmanager
+def cluster_over_a_store(root: Path, count: int, **tables: object) -> Iterator[tuple[Cluster, CountingServer]]:
+    """`count` nodes with one mount, /data, of a web server that counts."""
+    with counting_server() as store:
+        draw = random.Random(5)
+        for number in range(SMALL):
+            store.files[f"small/{number:03}"] = draw.randbytes(1 + draw.randrange(BLOCK))
+        for number in range(LARGE):
+            store.files[f"large/{number}"] = draw.randbytes(LARGE_BYTES)
+        cache = {"size": "256MiB", "block_size": "64KiB", "extent_size": "256KiB"}
+        mounts = [{"path": "/data", "uri": store.url, "prefetch": "none"}]
+        with cluster_of(root, count, mounts=mounts, cache=cache, **tables) as cluster:  # type: ignore[arg-type]
+            cluster.start()
+            yield cluster, store
+
+
+def read_all(
+    cluster: Cluster, index: int, store: CountingServer, seed: int, after: Callable[[int], object] = lambda _: None
+) -> int:
+    """Read every file at that node, in an order of its own, and compare every byte; returns how many bytes there were.
+    `after` hears how many files were read."""
+    client = cluster.nodes[index].client()
+    paths = list(store.files)
+    random.Random(seed).shuffle(paths)
+    total = 0
+    for count, path in enumerate(paths):
+        after(count)
+        data = client.read_file(f"/data/{path}")
+        assert data == store.files[path], f"node {index} has other bytes of {path}"
+        total += len(data)
+    return total
+
+
+def blocks_of(store: CountingServer) -> int:
+    return sum(-(-len(data) // BLOCK) for data in store.files.values())
+
+
+def test_three_nodes_that_read_everything_at_once_cost_one_get_a_block(tmp_path: Path) -> None:
+    """Three cold nodes read the same files at the same time, each in its own order: the store is asked for each byte
+    once, and for nothing in the second epoch."""
+    with cluster_over_a_store(tmp_path, 3) as (cluster, store):
+        with ThreadPoolExecutor(3) as readers:
+            totals = list(readers.map(lambda index: read_all(cluster, index, store, index), range(3)))
+        size = sum(map(len, store.files.values()))
+        assert totals == [size] * 3
+        assert store.bytes_sent == size
+        counted = [counts["shared"] for counts in cluster.counts()]
+        assert sum(count["from_peers_bytes"] for count in counted) == 2 * size
+        assert all(count["from_peers"] for count in counted), "each node got blocks of another"
+        assert sum(count["fallbacks"] for count in counted) == 0
+        for index in range(3):
+            read_all(cluster, index, store, 100 + index)
+        assert store.bytes_sent == size
+
+
+def test_a_node_that_is_killed_in_mid_epoch_costs_no_read(tmp_path: Path) -> None:
+    """kill -9 of one of three nodes with two replicas, while the two others read: every byte is right, no read fails,
+    and who asked the dead node counted why it got nothing."""
+    with cluster_over_a_store(tmp_path, 3, cluster={"replicas": 2}) as (cluster, store):
+        half = (SMALL + LARGE) // 2
+        meeting = Barrier(2, action=lambda: cluster.kill(2))
+
+        def read(index: int) -> int:
+            return read_all(cluster, index, store, index, lambda count: meeting.wait(60) if count == half else None)
+
+        with ThreadPoolExecutor(2) as readers:
+            totals = list(readers.map(read, range(2)))
+        assert totals == [sum(map(len, store.files.values()))] * 2
+        dead = cluster.nodes[2].config.cluster
+        assert dead is not None
+        causes = [node.status()["cluster"]["peers"][dead.listen]["failures"] for node in cluster.nodes[:2]]
+        assert sum(count for found in causes for count in found.values()) > 0, causes
