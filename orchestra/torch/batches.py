@@ -18,6 +18,7 @@ import torch
 
 from orchestra.errors import UsageError
 from orchestra.torch.device import prefetch_to_device
+from orchestra.torch.shares import Share
 from orchestra.torch.streamed import RowStream
 from orchestra.torch.tables import check_columns, is_path, kind_of, read_array, read_table, to_matrix
 
@@ -49,6 +50,11 @@ class TensorBatches:
     `buffer_rows`: tables are not loaded but read by row groups, about so many rows at a time. Shuffling then takes row
     groups in random order and rows in random order from the buffer: every row once an epoch, and rows that come
     together are from groups drawn at random. The order is then orchestra's own, not DataLoader's.
+
+    `rank`, `world_size`: in training on several processes each takes its share of every epoch, as with
+    DistributedSampler: as many rows and batches as every other rank (rows that do not divide come twice, or are left
+    out with `drop_last`), and together all of them. Shuffling then needs a generator, seeded alike on every rank;
+    epochs need no `set_epoch`. `batch_size` is a rank's. With `buffer_rows` a rank reads its share alone.
     """
 
     def __init__(
@@ -63,12 +69,17 @@ class TensorBatches:
         target: str | None = None,
         dtype: torch.dtype = torch.float32,
         buffer_rows: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         config: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
         if not sources:
             raise UsageError("expected at least one tensor, array or path")
+        self._share = Share(rank, world_size, drop_last)
+        if shuffle and generator is None and not self._share.is_whole:
+            raise UsageError("shuffle on several ranks: give each a generator= seeded alike, else orders differ")
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.generator = generator
@@ -82,12 +93,11 @@ class TensorBatches:
             self._rows = _stream(sources, columns, buffer_rows)
 
     def __len__(self) -> int:
-        rows = self._rows.row_count
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        return -(-self._share.given_count(self.row_count, self.batch_size) // self.batch_size)
 
     @property
     def row_count(self) -> int:
-        """Rows in an epoch, those that `drop_last` drops included."""
+        """Rows in an epoch of all ranks, those that `drop_last` drops included."""
         return self._rows.row_count
 
     @property
@@ -104,8 +114,7 @@ class TensorBatches:
     def _batches(self) -> Iterator[list[torch.Tensor]]:
         # DataLoader draws a number for its workers before anything else; drawn here too, so that what follows is alike.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        last = self.row_count // self.batch_size * self.batch_size if self.drop_last else self.row_count
-        yield from self._rows.batches(self.batch_size, last, self.shuffle, self.generator)
+        yield from self._rows.batches(self.batch_size, self.shuffle, self.generator, self._share)
 
 
 class _Held:
@@ -120,19 +129,23 @@ class _Held:
         self.row_count = lengths.pop()
 
     def batches(
-        self, size: int, stop: int, shuffle: bool, generator: torch.Generator | None
+        self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield batches of the first `stop` rows of the epoch."""
-        if not shuffle:
+        """Yield the batches of an epoch of that share."""
+        stop = share.given_count(self.row_count, size)
+        if not shuffle and share.is_whole:
             yield from _cut([tensor[:stop] for tensor in self.tensors], size)
             return
-        order = permutation(self.row_count, generator)
+        order = permutation(self.row_count, generator) if shuffle else torch.arange(self.row_count)
+        if not share.is_whole:
+            order = share.taken_from(order)
         row_bytes = sum(tensor[:1].nbytes for tensor in self.tensors)
         step = size * max(1, _GATHER_BYTES // max(1, row_bytes * size))
         for start in range(0, stop, step):
             chosen = order[start : min(start + step, stop)]
             yield from _cut([_gathered(tensor, chosen) for tensor in self.tensors], size)
-        finish_permutation(self.row_count, generator)
+        if shuffle:
+            finish_permutation(self.row_count, generator)
 
 
 def _gathered(tensor: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ become (batches).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 from orchestra.client.locations import open_binary
 from orchestra.errors import UsageError
+from orchestra.torch.shares import Share
 from orchestra.torch.tables import arrow, kind_of, open_parquet, readable
 
 
@@ -25,6 +27,15 @@ class _Group:
     path: str
     index: int
     row_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The rows [start, stop) of a row group."""
+
+    group: _Group
+    start: int
+    stop: int
 
 
 class RowStream:
@@ -52,12 +63,12 @@ class RowStream:
         self.row_count = sum(group.row_count for group in self._groups)
 
     def batches(
-        self, size: int, stop: int, shuffle: bool, generator: torch.Generator | None
+        self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield batches until `stop` rows were given; every one but the last has `size` rows."""
+        """Yield the batches of an epoch of that share; every one but the last has `size` rows."""
         rest: list[torch.Tensor] | None = None
-        left = stop
-        for buffer in self._buffers(shuffle, generator):
+        left = share.given_count(self.row_count, size)
+        for buffer in self._buffers(shuffle, generator, share):
             held = buffer if rest is None else [torch.cat(pair) for pair in zip(rest, buffer, strict=True)]
             whole = min(len(held[0]) // size * size, left)
             for start in range(0, whole, size):
@@ -68,12 +79,17 @@ class RowStream:
         if rest is not None and left:
             yield [tensor[:left] for tensor in rest]
 
-    def _buffers(self, shuffle: bool, generator: torch.Generator | None) -> Iterator[list[torch.Tensor]]:
+    def _buffers(self, shuffle: bool, generator: torch.Generator | None, share: Share) -> Iterator[list[torch.Tensor]]:
         """Yield buffers of rows, each being read while the one before it is used."""
         order = list(range(len(self._groups)))
         if shuffle:
             order = torch.randperm(len(order), generator=generator).tolist()
-        runs = _runs([self._groups[number] for number in order], self._buffer_rows)
+            if not share.is_whole:
+                # Ranks' buffers differ in length, so drawing from the common generator would make it differ by rank.
+                seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+                generator = torch.Generator().manual_seed(seed + share.rank)
+        pieces = _pieces([self._groups[number] for number in order], *share.span(self.row_count))
+        runs = _runs(pieces, self._buffer_rows)
         with ThreadPoolExecutor(1, thread_name_prefix="orchestra-rows") as executor:
             ahead = executor.submit(self._read, runs[0]) if runs else None
             for number in range(len(runs)):
@@ -86,12 +102,14 @@ class RowStream:
                     buffer = [tensor.index_select(0, chosen) for tensor in buffer]
                 yield buffer
 
-    def _read(self, groups: Sequence[_Group]) -> list[torch.Tensor]:
+    def _read(self, pieces: Sequence[_Piece]) -> list[torch.Tensor]:
         tables = []
-        for group in groups:
+        for piece in pieces:
+            group = piece.group
             with open_binary(group.path, self._config) as file, readable(group.path):
                 parquet = open_parquet(file, group.path, self._columns)
-                tables.append(parquet.read_row_group(group.index, columns=self._columns))
+                table = parquet.read_row_group(group.index, columns=self._columns)
+                tables.append(table.slice(piece.start, piece.stop - piece.start))
         return self._convert(arrow().concat_tables(tables))
 
     def _groups_of(self, path: str) -> Iterator[_Group]:
@@ -101,14 +119,29 @@ class RowStream:
                 yield _Group(path, index, metadata.row_group(index).num_rows)
 
 
-def _runs(groups: Sequence[_Group], row_count: int) -> list[list[_Group]]:
-    """Return the groups in runs of at most `row_count` rows; a group that is larger is a run of its own."""
-    runs: list[list[_Group]] = []
+def _pieces(groups: Sequence[_Group], start: int, stop: int) -> list[_Piece]:
+    """Return the rows [start, stop) of the groups one after the other, which begin anew where they end."""
+    pieces = []
+    at = 0
+    for group in itertools.cycle(groups):
+        if at >= stop:
+            break
+        first, last = max(start - at, 0), min(stop - at, group.row_count)
+        if first < last:
+            pieces.append(_Piece(group, first, last))
+        at += group.row_count
+    return pieces
+
+
+def _runs(pieces: Sequence[_Piece], row_count: int) -> list[list[_Piece]]:
+    """Return the pieces in runs of at most `row_count` rows; one that is larger is a run of its own."""
+    runs: list[list[_Piece]] = []
     filled = 0
-    for group in groups:
-        if not runs or filled + group.row_count > row_count:
+    for piece in pieces:
+        rows = piece.stop - piece.start
+        if not runs or filled + rows > row_count:
             runs.append([])
             filled = 0
-        runs[-1].append(group)
-        filled += group.row_count
+        runs[-1].append(piece)
+        filled += rows
     return runs
