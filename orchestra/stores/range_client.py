@@ -111,7 +111,7 @@ class RangeClient:
     def close_idle(self) -> None:
         """Close idle connections; those in use close when their requests end."""
         self._is_closed = True
-        if self._timer is not None:
+        if self._timer is not None and not self._busy:  # those in use may still stall
             self._timer.cancel()
             self._timer = None
         while self._idle:
