@@ -22,7 +22,7 @@ async def test_a_request_that_outlives_its_client_still_has_its_timeout() -> Non
 
     server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     async with server:
-        url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         client = RangeClient(url, ssl_context=None, stall_timeout_s=0.1)
         request = asyncio.create_task(client.get("/x", {}, ByteRange(0, 1)))
         await is_asked.wait()
