@@ -270,6 +270,11 @@ class Engine:
         """Whether that block is being fetched."""
         return (digest, block_index) in self._flights
 
+    def is_coming(self, wanted: Wanted) -> bool:
+        """Whether the first of these bytes are being fetched."""
+        block = wanted.byte_range.start // self.geometry.block_size_bytes
+        return self.in_flight(wanted.object_id.digest(), block)
+
     def holds_some(self, wanted: Wanted) -> bool:
         """Whether there is a file that may hold the first of these bytes; False is certain. Costs no system call."""
         block = wanted.byte_range.start // self.geometry.block_size_bytes
