@@ -23,6 +23,8 @@ CHECKSUMS: Final = "Orchestra-Crc32c"
 RING: Final = "Orchestra-Ring"
 # A key of 1,024 bytes is 3 KiB percent-encoded; the checksums of a part of 1,024 blocks are 9 KiB.
 HEAD_BYTES_MAX: Final = 16 * 1024
+# A peer that only says that it works on it is believed for as long as a read of its store may take with all its tries.
+WORKING_MAX_S: Final = 130.0
 _TARGET = re.compile(r"/v1/peer/extents/([0-9a-f]{32})/(0|[1-9][0-9]{0,8})\?([\x21-\x7e]+)\Z", re.ASCII)
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})\Z", re.ASCII)
 _FIELDS = frozenset(("store", "key", "version", "size", "priority", "held"))

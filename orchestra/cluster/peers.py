@@ -16,6 +16,7 @@ from orchestra.cluster.peer_client import PeerClient, Prove, no_proof
 from orchestra.cluster.peer_wire import BROKEN_CAUSES, Cause, ExtentPart, PeerError
 from orchestra.cluster.proof import ProofSigner
 from orchestra.cluster.records import NodeRecord
+from orchestra.stores.contract import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Peers:
         """Whether that node can be asked at all."""
         return node_id in self._peers
 
-    async def read(self, part: ExtentPart, node_ids: Iterable[str]) -> memoryview | None:
+    async def read(self, part: ExtentPart, node_ids: Iterable[str]) -> Buffer | None:
         """Return those bytes from the first of these nodes that gives them; None if none does, each for a counted
         cause."""
         for node_id in node_ids:

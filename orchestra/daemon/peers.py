@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestra.blocks.geometry import Geometry
-from orchestra.blocks.reader import FilePlace, LocalObject
+from orchestra.blocks.reader import CorruptBlockError, FilePlace, LocalObject
 from orchestra.blocks.store import BlockStore
 from orchestra.cluster.peer_wire import Cause, ExtentPart, PeerError
 from orchestra.engine.engine import Engine, Wanted
@@ -97,6 +97,40 @@ class PeerService:
         if opened is None:
             raise PeerError(Cause.NOT_KEPT, "it cannot be kept here")
         return opened
+
+    def may_hold(self, part: ExtentPart) -> bool:
+        """Whether there is a file that may hold that small object. Costs no system call. Raises PeerError for what
+        cannot be asked for."""
+        self._blocks_of(part)
+        return self._blocks.holds(part.digest, part.size_bytes, 0)
+
+    async def read_held(self, parts: Sequence[ExtentPart]) -> list[bytes | None]:
+        """Return the bytes of those small objects that are here; the disk is waited for in another thread."""
+        for part in parts:
+            self._blocks.touch(part.digest, 0)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._readers, self._read_all, parts)
+
+    async def bring_small(self, part: ExtentPart) -> bytes:
+        """As `bring`, the bytes of a small object."""
+        held = await self.bring(part)
+        held.close()
+        data = self._read(part)
+        if data is None:
+            raise PeerError(Cause.NOT_KEPT, "it left as soon as it came")
+        return data
+
+    def _read_all(self, parts: Sequence[ExtentPart]) -> list[bytes | None]:
+        return [self._read(part) for part in parts]
+
+    def _read(self, part: ExtentPart) -> bytes | None:
+        local = self._blocks.open_object(part.digest, part.size_bytes)
+        try:
+            return local.read_small()
+        except CorruptBlockError:  # the next read finds the same and has it fetched anew
+            return None
+        finally:
+            local.close()
 
     async def warm(self, place: FilePlace) -> None:
         """Return when the bytes are in the page cache: what sends them would hold up everybody while the disk reads."""

@@ -1,4 +1,5 @@
-"""GET /v1/peer/extents/DIGEST/INDEX: blocks for other nodes, sent by the kernel from the extent's file.
+"""What other nodes read here: GET /v1/peer/extents/DIGEST/INDEX, sent by the kernel from the extent's file, and
+POST /v1/peer/blocks, many small objects in one answer.
 
 Stands in front of aiohttp on the peers' port, as `hot` does on the clients' socket: a connection that begins with such
 a request is answered here for as long as it lasts; every other one is aiohttp's.
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, cast
 
 from aiohttp.web_protocol import RequestHandler
 
+from orchestra.cluster.peer_blocks import BLOCKS, BODY_BYTES_MAX, parse_blocks
 from orchestra.cluster.peer_wire import (
     CHECKSUMS,
     EXTENTS,
@@ -29,6 +32,7 @@ from orchestra.cluster.peer_wire import (
 )
 from orchestra.cluster.proof import ProofChecker
 from orchestra.daemon.api.context import Activity
+from orchestra.daemon.api.peer_batch import HEAD, answer_batch
 from orchestra.daemon.peers import HeldPart, PeerService
 from orchestra.errors import ProofError
 
@@ -37,9 +41,36 @@ log = logging.getLogger(__name__)
 WORKING_EVERY_S = 0.5
 # A whole block to a peer that takes it slowly; one that takes nothing holds a file open for no longer.
 _SEND_TIMEOUT_S = 60.0
-_HEAD_TIMEOUT_S = 10.0
-_PREFIX = f"GET {EXTENTS}".encode()
+# From the first byte of a request to its last.
+_RECEIVE_TIMEOUT_S = 10.0
+_PREFIXES = (f"GET {EXTENTS}".encode(), f"POST {BLOCKS} ".encode())
 _WORKING = b"HTTP/1.1 102 Processing\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The head of a request. Names of headers are as proofs have them: Range, Orchestra-From."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def body_length(self) -> int:
+        """Bytes that follow; more than any body may have where nobody can tell."""
+        length = self.headers.get("Content-Length", "0")
+        is_number = length.isascii() and length.isdigit() and len(length) < 16
+        return int(length) if is_number and "Transfer-Encoding" not in self.headers else BODY_BYTES_MAX + 1
+
+
+def _parsed(head: bytes) -> _Asked:
+    lines = head.decode("latin-1").split("\r\n")
+    method, _, rest = lines[0].partition(" ")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(":")
+        headers[name.strip().title()] = value.strip()
+    return _Asked(method, rest.partition(" ")[0], headers)
 
 
 class PeerConnection(asyncio.Protocol):
@@ -61,6 +92,8 @@ class PeerConnection(asyncio.Protocol):
         self._received = b""
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._can_write = asyncio.Event()
+        self._can_write.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.BaseProtocol."""
@@ -74,16 +107,33 @@ class PeerConnection(asyncio.Protocol):
             return
         assert self._transport is not None
         self._received += data
-        if not self._received.startswith(_PREFIX[: len(self._received)]):
+        if not any(self._received.startswith(prefix[: len(self._received)]) for prefix in _PREFIXES):
             self._give_away(self._transport)
-        elif self._task is not None or len(self._received) > HEAD_BYTES_MAX:
-            self._transport.abort()  # a node asks for one thing at a time, in a head of bounded size
-        elif self._received.endswith(b"\r\n\r\n"):
-            head, self._received = self._received, b""
+        elif self._task is not None:
+            self._transport.abort()  # a node asks for one thing at a time
+        else:
+            self._begin(self._transport)
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        """Answer the request if it is here whole."""
+        end = self._received.find(b"\r\n\r\n")
+        if end < 0 or end > HEAD_BYTES_MAX:
+            if len(self._received) > HEAD_BYTES_MAX:
+                transport.abort()
+            elif self._timer is None:
+                self._set_timer(_RECEIVE_TIMEOUT_S)
+            return
+        asked = _parsed(self._received[:end])
+        missing = end + 4 + asked.body_length - len(self._received)
+        if missing < 0 or asked.body_length > BODY_BYTES_MAX:
+            transport.abort()
+        elif missing:
+            if self._timer is None:
+                self._set_timer(_RECEIVE_TIMEOUT_S)
+        else:
+            body, self._received = self._received[end + 4 :], b""
             self._set_timer(None)
-            self._task = asyncio.create_task(self._answer(head))
-        elif self._timer is None:
-            self._set_timer(_HEAD_TIMEOUT_S)
+            self._task = asyncio.create_task(self._answer(asked, body))
 
     def _give_away(self, transport: asyncio.Transport) -> None:
         self._set_timer(None)
@@ -99,20 +149,12 @@ class PeerConnection(asyncio.Protocol):
         if seconds is not None and self._transport is not None:
             self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
 
-    async def _answer(self, head: bytes) -> None:
+    async def _answer(self, asked: _Asked, body: bytes) -> None:
         self._activity.begin()
         try:
-            try:
-                held = await self._held(head)
-            except PeerError as error:
-                self._write_refusal(error)
-                return
-            try:
-                await self._send(held)
-            finally:
-                held.close()
+            await self._answer_or_refuse(asked, body)
         except (OSError, TimeoutError) as error:
-            log.debug("a block could not be sent: %s", error)
+            log.debug("an answer could not be sent: %s", error)
             self._abort()
         except asyncio.CancelledError:
             self._abort()
@@ -124,8 +166,28 @@ class PeerConnection(asyncio.Protocol):
             self._task = None
             self._activity.end()
 
-    async def _held(self, head: bytes) -> HeldPart:
-        part = self._parsed(head)
+    async def _answer_or_refuse(self, asked: _Asked, body: bytes) -> None:
+        try:
+            if self._checker is not None:
+                self._checker.check(asked.method, asked.target, asked.headers, body)
+            if asked.method == "POST":
+                parts = parse_blocks(body)
+                self._write(HEAD)
+                await answer_batch(self._service, parts, self._write_all, WORKING_EVERY_S)
+                return
+            held = await self._held(parse_part(asked.target, asked.headers.get("Range", "")))
+        except (ProofError, ValueError) as error:
+            self._write_refusal(PeerError(Cause.REFUSED, str(error)))
+            return
+        except PeerError as error:
+            self._write_refusal(error)
+            return
+        try:
+            await self._send(held)
+        finally:
+            held.close()
+
+    async def _held(self, part: ExtentPart) -> HeldPart:
         held = self._service.held(part)
         if held is not None:
             return held
@@ -140,21 +202,14 @@ class PeerConnection(asyncio.Protocol):
             raise
         return bringing.result()
 
-    def _parsed(self, head: bytes) -> ExtentPart:
-        """Return what is asked for. Raises PeerError if it is nothing, or nobody of this cluster asks."""
-        lines = head[:-4].decode("latin-1").split("\r\n")
-        _, _, rest = lines[0].partition(" ")
-        target, _, _ = rest.partition(" ")
-        headers: dict[str, str] = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            headers[name.strip().title()] = value.strip()
-        try:
-            if self._checker is not None:
-                self._checker.check("GET", target, headers)
-            return parse_part(target, headers.get("Range", ""))
-        except (ProofError, ValueError) as error:
-            raise PeerError(Cause.REFUSED, str(error)) from error
+    async def _write_all(self, pieces: Sequence[bytes]) -> None:
+        """Write, and wait while the peer takes what was written before."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the peer went away")
+        self._transport.writelines(pieces)
+        if not self._can_write.is_set():
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                await self._can_write.wait()
 
     async def _send(self, held: HeldPart) -> None:
         place = held.place
@@ -190,6 +245,7 @@ class PeerConnection(asyncio.Protocol):
         """See asyncio.BaseProtocol. A fetch that was asked for goes on: others may wait for it, and it is kept."""
         self._set_timer(None)
         self._transport = None
+        self._can_write.set()
         if self._task is not None:
             self._task.cancel()
         if self._inner is not None:
@@ -197,11 +253,13 @@ class PeerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """See asyncio.BaseProtocol."""
+        self._can_write.clear()
         if self._inner is not None:
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
         """See asyncio.BaseProtocol."""
+        self._can_write.set()
         if self._inner is not None:
             self._inner.resume_writing()
 
