@@ -3,6 +3,7 @@
     orchestra-cache.json   marker: format, geometry; without it a non-empty directory is refused
     daemon.lock            held by the one daemon that owns the directory
     namespace.json         the published mount table (see client)
+    changes                what was found to be otherwise than published (see observe/change_log)
     extents/ab/<digest>             a small object, sealed
     extents/ab/<digest>.<n>.ext     extent n of a larger object;  .map beside it
     listings/ab/<hash>  attrs/ab/<hash>      see metadata
@@ -63,6 +64,10 @@ class CacheLayout:
     @property
     def namespace(self) -> Path:
         return self.root / "namespace.json"
+
+    @property
+    def changes(self) -> Path:
+        return self.root / "changes"
 
     @property
     def added_mounts(self) -> Path:

@@ -8,6 +8,7 @@ ignored.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -94,6 +95,36 @@ class MissStream(Protocol):
         ...
 
 
+class Extent(enum.Enum):
+    """How much of the tree a change is about."""
+
+    PATH = "path"
+    CHILDREN = "children"  # what lies directly in this directory
+    BELOW = "below"  # the path, and everything below it
+
+
+class Changes(Protocol):
+    """What this node finds to be otherwise than it was known: other versions, names that came or went, mounts.
+
+    Who keeps answers of the client for longer than `freshness_s` says, or wants to know sooner, listens here.
+    `wait` is called by one thread; `close` by any.
+    """
+
+    @property
+    def position(self) -> int:
+        """Where the next `wait` begins; another listener can go on there, in any process of this node."""
+        ...
+
+    def wait(self) -> Sequence[tuple[Extent, str]] | None:
+        """Wait for changes; return (how much, path) of each, after which the client knows the new state or nothing.
+        None when there will be no more."""
+        ...
+
+    def close(self) -> None:
+        """Have `wait` return None."""
+        ...
+
+
 class Client(Protocol):
     """The namespace as this node sees it."""
 
@@ -140,6 +171,10 @@ class Client(Protocol):
 
     def miss_stream(self) -> MissStream | None:
         """Return a new stream for misses, None if there is no daemon to talk to now (or this client has none)."""
+        ...
+
+    def changes(self, position: int | None = None) -> Changes | None:
+        """Return what changes from `position` on (None: from now on); None where nobody tells. Sends nothing."""
         ...
 
     @property

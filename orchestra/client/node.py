@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import LocalObject
+from orchestra.client.changes import NodeChanges
 from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
@@ -277,6 +278,13 @@ class NodeClient:
             return MissStream(self._connection.open_socket(), self._connection.count_message)
         except ConnectionLostError:
             return None
+
+    def changes(self, position: int | None = None) -> NodeChanges | None:
+        """See Client."""
+        try:
+            return NodeChanges(self._table, str(self._layout.changes), position)
+        except OSError:
+            return None  # no daemon has begun a log, or it is another user's
 
     def note_hit(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:
         """Count a read from this node's disk."""

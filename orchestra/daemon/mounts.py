@@ -20,7 +20,14 @@ from orchestra.config import Config, FetchConfig, MountConfig, Replication, expa
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import CacheDirectoryError, ConfigError, NotFoundError, OrchestraError
 from orchestra.namespace.mounts import MountTable, check_mount_path
-from orchestra.namespace.published import PublishedMount, PublishedNamespace, fingerprint, write_namespace
+from orchestra.namespace.published import (
+    PublishedMount,
+    PublishedNamespace,
+    fingerprint,
+    read_namespace,
+    write_namespace,
+)
+from orchestra.observe.change_log import Change, Scope
 from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.units import format_size
 
@@ -42,8 +49,12 @@ class MountAdmin:
         open_failover: Callable[[Sequence[UnderStore]], UnderStore],
         environ: Mapping[str, str],
         on_change: Callable[[MountTable[OpenedMount]], None],
+        tell: Callable[[list[Change]], object] = lambda changes: None,
     ) -> None:
-        """Opens the stores (without network traffic) and publishes the table. Raises ConfigError for a bad table."""
+        """Opens the stores (without network traffic) and publishes the table. Raises ConfigError for a bad table.
+
+        `tell` gets the paths that are served otherwise than it was published before, also by an earlier daemon.
+        """
         self._config = config
         self._layout = layout
         self._geometry = geometry
@@ -51,6 +62,7 @@ class MountAdmin:
         self._open_failover = open_failover
         self._environ = environ
         self._on_change = on_change
+        self._tell = tell
         self._added = _read_added(layout)
         self._shared: tuple[MountConfig, ...] = ()
         self._opened: dict[tuple[MountConfig, str], OpenedMount] = {}
@@ -207,6 +219,25 @@ class MountAdmin:
                 source=str(self._config.source or ""),
             ),
         )
+        self._tell(changed_paths(before, mounts))
+
+    def _published(self) -> tuple[PublishedMount, ...]:
+        try:
+            found = read_namespace(self._layout.namespace)
+        except CacheDirectoryError:
+            return ()
+        return () if found is None else found.mounts
+
+
+def changed_paths(before: Iterable[PublishedMount], after: Iterable[PublishedMount]) -> list[Change]:
+    """Return what a path now leads to something else for: everything below a mount that came, went, or has another
+    store, and the folders that lead to it."""
+    old, new = ({mount.path: (mount.store_id, mount.error) for mount in mounts} for mounts in (before, after))
+    differing = sorted(path for path in old.keys() | new.keys() if old.get(path) != new.get(path))
+    above = {path[:at] for path in differing for at in range(1, len(path)) if path[at] == "/"}
+    return [Change(Scope.PATH, "", path) for path in sorted(above)] + [
+        Change(Scope.BELOW, "", path) for path in differing
+    ]
 
 
 def mount_to_json(mount: MountConfig) -> dict[str, Any]:

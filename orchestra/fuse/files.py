@@ -279,7 +279,7 @@ class Files:
             count = self._channel.patiently(unique, lambda: file.handle.readinto(offset, view[HEAD:]))
         except StaleObjectError:
             self._counters.stale += 1
-            self._channel.run_aside(partial(self._on_stale, inode.entry))
+            self._on_stale(inode.entry)  # first, so that who opens it again because of our answer has the new version
             raise
         finally:
             self._unpin(file)
@@ -288,8 +288,12 @@ class Files:
 
     def _stale(self, unique: int, entry: Entry, error: StaleObjectError) -> None:
         self._counters.stale += 1
-        self._channel.send_failure(unique, error)
-        self._channel.run_aside(partial(self._on_stale, entry))
+
+        def work() -> tuple[Message, None]:
+            self._on_stale(entry)
+            raise error
+
+        self._channel.wait(unique, work)
 
     # -- handles --------------------------------------------------------------------------------------------------
 

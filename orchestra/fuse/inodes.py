@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import xxhash
 
@@ -30,6 +30,9 @@ from orchestra.values import Entry, EntryKind
 
 # Inodes kept as Python objects, 500 bytes each; the memory has them all, at 250 bytes.
 INODES_KEPT_MAX = 100_000
+# Chains walked under the lock at a time: some 100 us of a mount that knows 100,000 names.
+_BUCKETS_AT_ONCE = 512
+assert shared.BUCKET_COUNT % _BUCKETS_AT_ONCE == 0
 _TAIL = struct.Struct("<3Q")  # size, mtime, shape
 _TAIL_AT = shared.SIZE * shared.WORD_BYTES
 _TEXT_AT = shared.RECORD_WORDS * shared.WORD_BYTES
@@ -133,6 +136,25 @@ class InodeTable:
         with self.lock:
             inode = self._record_of(path, _hash_of(path.encode("utf-8", "surrogateescape")))
         return None if inode is None else inode.nodeid
+
+    def paths(self) -> Iterator[str]:
+        """Yield the path of every inode that the kernel knows but the root, some of them twice. Others may go on with
+        the table meanwhile; what they add may be left out."""
+        words = self._words
+        for first in range(shared.BUCKETS, shared.BUCKETS + shared.BUCKET_COUNT, _BUCKETS_AT_ONCE):
+            found = []
+            with self.lock:
+                for record in words[first : first + _BUCKETS_AT_ONCE]:
+                    while record:
+                        if words[record + NUMBER]:
+                            found.append(self._path_of(record))
+                        record = words[record + shared.CHAIN]
+            yield from found
+
+    def _path_of(self, record: int) -> str:
+        start = record * shared.WORD_BYTES + _TEXT_AT
+        stop = start + (self._words[record + shared.SHAPE] >> 16 & 0xFFFF)
+        return self.memory.bytes[start:stop].decode("utf-8", "surrogateescape")
 
     # -- counts ---------------------------------------------------------------------------------------------------
 

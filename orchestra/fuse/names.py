@@ -14,10 +14,10 @@ from orchestra.client.contract import Client
 from orchestra.errors import NameTooLongError, NotADirectoryPathError, NotFoundError
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import Inode, InodeTable, child_path, inode_number_of
+from orchestra.fuse.notices import Notices
 from orchestra.fuse.options import NAME_BYTES_MAX, MountOptions
 from orchestra.fuse.protocol import (
     BODY,
-    EXPIRE_ONLY,
     ROOT_NODEID,
     S_IFDIR,
     S_IFREG,
@@ -25,13 +25,14 @@ from orchestra.fuse.protocol import (
     Timeout,
     attr_reply,
     entry_reply,
-    expire_entry_message,
     negative_entry_reply,
     timeout_of,
 )
 from orchestra.values import Entry
 
 _BLOCK_SIZE_BYTES = 4096
+# How long the answer to a stale read waits for the kernel to know: starting who tells it takes 30 ms, once.
+_TOLD_WITHIN_S = 1.0
 # A file's attributes belong to one version and cannot change (see inodes); only the way to them, the name, expires.
 FOREVER = timeout_of(float("inf"))
 
@@ -76,15 +77,21 @@ class Names:
     """Answers LOOKUP and GETATTR."""
 
     def __init__(
-        self, client: Client, table: InodeTable, channel: Channel, attributes: Attributes, incoming: memoryview
+        self,
+        client: Client,
+        table: InodeTable,
+        channel: Channel,
+        attributes: Attributes,
+        incoming: memoryview,
+        notices: Notices,
     ) -> None:
         self._client = client
         self._table = table
         self._channel = channel
         self._attributes = attributes
         self._incoming = incoming
+        self._notices = notices
         self._suspects: set[str] = set()  # paths whose next look-up must ask the store: a read found them changed
-        self.expire_flags = 0
 
     # -- look-ups -------------------------------------------------------------------------------------------------
 
@@ -137,11 +144,7 @@ class Names:
         """
         if len(self._suspects) < 100_000:  # a bound; beyond it the freshness alone does the work
             self._suspects.add(entry.path)
-        parent_path, _, name = entry.path.rpartition("/")
-        parent = self._table.nodeid_of(parent_path or "/")
-        if parent is not None:
-            self._channel.counters.entries_expired += 1
-            self._channel.send(expire_entry_message(parent, os.fsencode(name), self.expire_flags & EXPIRE_ONLY))
+        self._notices.expire(entry.path, within_s=_TOLD_WITHIN_S)
 
     # -- attributes -----------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from orchestra.fuse.directories import Directories
 from orchestra.fuse.files import Files
 from orchestra.fuse.inodes import Inode, InodeTable
 from orchestra.fuse.names import Attributes, Names
+from orchestra.fuse.notices import Notices
 from orchestra.fuse.options import (
     BACKGROUND_MAX,
     PAGES_MAX,
@@ -91,7 +92,8 @@ class Session:
         self._options = options
         self._incoming = self.table.memory.request_buffer(self.table.slot)
         attributes = Attributes(client, root, options)
-        self._names = Names(client, self.table, self.channel, attributes, self._incoming)
+        self.notices = Notices(device_fd, self.table, self.counters)
+        self._names = Names(client, self.table, self.channel, attributes, self._incoming, self.notices)
         self._directories = Directories(client, self.table, self.channel, attributes, self._incoming)
         self._files = Files(client, self.table, self.channel, options, self._incoming, self._names.suspect)
         self.details = Details(client, self.table, self.channel, self._incoming)
@@ -138,6 +140,7 @@ class Session:
         finally:
             self._files.close()
             self.channel.close()
+            self.notices.close()
 
     def _is_done(self, opcode: int, unique: int) -> bool:
         """Whether a request that came again needs nothing more; takes back what a dead worker had counted for it."""
@@ -231,7 +234,7 @@ class Session:
         """Go by what was agreed with the kernel."""
         self._files.passthrough_allowed = bool(flags & InitFlag.PASSTHROUGH)
         if flags & InitFlag.HAS_EXPIRE_ONLY:
-            self._names.expire_flags = protocol.EXPIRE_ONLY
+            self.notices.flags = protocol.EXPIRE_ONLY
 
     def _refuse(self, unique: int, sentence: str) -> None:
         self.refusal = MountError(sentence)

@@ -54,6 +54,10 @@ def serve_slot(
     _start_thread("alive", _watch_supervisor, control_fd, job)
     if session.table.memory.workers_of(job["slot"]) > 1:
         session.take_over()
+    if job["slot"] == 0:  # one tells the kernel for all
+        changes = session.notices.changes_of(client)
+        if changes is not None:
+            _start_thread("changes", session.notices.follow, changes)
     if not job["is_ready"]:
         _start_thread("announce", _announce, session, job["target"], pipe)
     session.run()

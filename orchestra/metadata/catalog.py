@@ -20,14 +20,16 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestra.clock import Clock
 from orchestra.errors import CacheDirectoryError, NotFoundError
+from orchestra.metadata.differences import differ, differing_names
 from orchestra.metadata.flights import Flights
 from orchestra.metadata.reader import MetadataReader, record_name, split_key
 from orchestra.metadata.records import Record, RecordBuilder, RecordEntry, publish_record
+from orchestra.observe.change_log import Change, Scope
 from orchestra.stores.contract import UnderStore
 from orchestra.stores.pages import close_pages
 from orchestra.values import EntryKind
@@ -47,6 +49,10 @@ _INLINE_ROWS_MAX = 2000
 # Prefixes whose HEADs since their listing grew old are counted, and those with hidden keys; forgetting one costs a few
 # HEADs, or makes a number in the status too small.
 _COUNTED_PREFIXES_MAX = 4096
+# Answers to HEADs that the next listing of their prefix is compared with.
+_HEADS_SEEN_MAX = 1000
+# Listings that were found to be wrong and taken away, kept to see what the next one says otherwise; mapped files.
+_OUTDATED_MAX = 256
 
 
 class Layout(Protocol):
@@ -68,6 +74,14 @@ class MetadataStatistics:
     list_pages: int = 0
 
 
+@dataclass(slots=True)
+class _Heads:
+    """HEADs sent below a prefix since its listing grew old: how many, and what the last ones said."""
+
+    count: int = 0
+    seen: dict[bytes, RecordEntry | None] = field(default_factory=dict)
+
+
 class Catalog:
     """Metadata of all stores of this node. One event loop."""
 
@@ -81,8 +95,10 @@ class Catalog:
         boot_id: bytes,
         is_shown_name: Callable[[bytes], bool],
         make_room: Callable[[], object] = lambda: None,
+        on_change: Callable[[list[Change]], object] = lambda changes: None,
     ) -> None:
-        """`make_room` is called when the disk has no room for a record, before it is tried once more."""
+        """`make_room` is called when the disk has no room for a record, before it is tried once more; `on_change` when
+        something was found to be otherwise than it had been published, after that has been replaced or taken away."""
         self._layout = layout
         self._temporary = temporary
         self._reader = reader
@@ -90,9 +106,11 @@ class Catalog:
         self._boot_id = boot_id
         self._is_shown_name = is_shown_name
         self._make_room = make_room
+        self._on_change = on_change
+        self._outdated: OrderedDict[tuple[str, str], Record] = OrderedDict()
         self._stats: Flights[RecordEntry | None] = Flights("look-up", clock)
         self._lists: Flights[Record] = Flights("listing", clock)
-        self._heads_since_old: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._heads_since_old: OrderedDict[tuple[str, str], _Heads] = OrderedDict()
         self._hidden: OrderedDict[tuple[str, str], tuple[int, str]] = OrderedDict()
         self._serial = itertools.count()
         self.statistics = MetadataStatistics()
@@ -136,12 +154,22 @@ class Catalog:
     def forget(self, store_id: str, key: str) -> None:
         """Drop what is known about `key` (it was found to be out of date), on disk and so for every process."""
         prefix, _ = split_key(key)
-        for path in (
-            self._layout.listing_file(record_name(store_id, prefix)),
-            self._layout.attr_file(record_name(store_id, key)),
-        ):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        changes = self._drop_listing(store_id, prefix)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._layout.attr_file(record_name(store_id, key)))
+        self._on_change([Change(Scope.KEY, store_id, key), *changes])
+
+    def _drop_listing(self, store_id: str, prefix: str) -> list[Change]:
+        """Take a listing away that was found to be wrong in one place; return what may be wrong with it."""
+        old = self._reader.any_listing(store_id, prefix)
+        if old is None:
+            return []
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._layout.listing_file(record_name(store_id, prefix)))
+        self._outdated[(store_id, prefix)] = old
+        if len(self._outdated) > _OUTDATED_MAX:
+            self._outdated.popitem(last=False)
+        return [Change(Scope.CHILDREN, store_id, prefix)]
 
     async def close(self) -> None:
         """Stop questions under way."""
@@ -163,10 +191,16 @@ class Catalog:
             self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix, freshness_s))
         asked_ns = self._clock.now_ns()
         entry = await self._entry_of(store, key, name)
-        if old is not None and _differ(old.find(name), entry):
+        heads = self._heads_since_old.get((store.store_id, prefix))
+        if heads is not None and len(heads.seen) < _HEADS_SEEN_MAX:
+            heads.seen[name] = entry
+        changes = []
+        known = self._reader.any_attr(store.store_id, key)
+        if known is not None and differ(known.row(0) if known.count else None, entry):
+            changes = [Change(Scope.KEY, store.store_id, key)]
+        if old is not None and differ(old.find(name), entry):
             # The listing is known to be wrong now; a reader must not find the old row in it.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._layout.listing_file(record_name(store.store_id, prefix)))
+            changes = [Change(Scope.KEY, store.store_id, key), *self._drop_listing(store.store_id, prefix)]
         if freshness_s > 0:
             builder = RecordBuilder()
             if entry is not None:
@@ -177,13 +211,16 @@ class Catalog:
             except OSError as error:
                 # Whoever asked has the answer all the same; the next one asks again.
                 log.warning("what is known of %r cannot be published: %s", key, error)
+        self._on_change(changes)
         return entry
 
     def _is_listing_cheaper(self, store_id: str, prefix: str, old: Record | None) -> bool:
-        counted = self._heads_since_old.pop((store_id, prefix), 0) + 1
-        if counted > (_HEADS_BEFORE_LISTING if old is None else old.requests):
+        heads = self._heads_since_old.setdefault((store_id, prefix), _Heads())
+        self._heads_since_old.move_to_end((store_id, prefix))
+        heads.count += 1
+        if heads.count > (_HEADS_BEFORE_LISTING if old is None else old.requests):
+            heads.count = 0
             return True
-        self._heads_since_old[(store_id, prefix)] = counted
         if len(self._heads_since_old) > _COUNTED_PREFIXES_MAX:
             self._heads_since_old.popitem(last=False)
         return False
@@ -215,6 +252,7 @@ class Catalog:
         builder = RecordBuilder()
         asked_ns = self._clock.now_ns()
         pages = 0
+        old = self._reader.any_listing(store.store_id, prefix)
         self.statistics.list_runs += 1
         async for page in store.list_directory(prefix):
             pages += 1
@@ -231,7 +269,6 @@ class Catalog:
                     builder.add(RecordEntry(name, EntryKind.DIRECTORY, 0, 0, ""))
                 else:
                     builder.hide(name + b"/")
-        self._heads_since_old.pop((store.store_id, prefix), None)
         path = self._layout.listing_file(record_name(store.store_id, prefix))
         fetched_ns = self._counts_from(asked_ns, freshness_s)
         publish = functools.partial(self._publish, path, builder, requests=max(1, pages), fetched_ns=fetched_ns)
@@ -244,7 +281,24 @@ class Catalog:
             ) from error
         record = Record(memoryview(raw), (0, 0))
         self._note_hidden(store.store_id, prefix, record)
+        await self._note_changes(store.store_id, prefix, old, record)
         return record
+
+    async def _note_changes(self, store_id: str, prefix: str, old: Record | None, new: Record) -> None:
+        """Tell what a new listing says otherwise than the one before, or than single look-ups before it."""
+        heads = self._heads_since_old.pop((store_id, prefix), _Heads())
+        outdated = self._outdated.pop((store_id, prefix), None)
+        before = old or outdated
+        names: list[bytes] | None = []
+        if before is not None:
+            compare = functools.partial(differing_names, before, new)
+            names = await asyncio.to_thread(compare) if len(new) > _INLINE_ROWS_MAX else compare()
+        if names is None:
+            self._on_change([Change(Scope.CHILDREN, store_id, prefix)])
+            return
+        asked = {name for name, entry in heads.seen.items() if differ(entry, new.find(name))}
+        keys = (prefix + name.decode("utf-8", "surrogateescape") for name in asked.union(names))
+        self._on_change([Change(Scope.KEY, store_id, key) for key in keys])
 
     def hidden(self, store_id: str) -> tuple[int, str]:
         """Return how many keys of the store no folder can show, in what was listed since the start, and one of them."""
@@ -286,11 +340,3 @@ class Catalog:
             self._make_room()
             publish_record(path, raw, temporary=temporary)
         return raw
-
-
-def _differ(old: RecordEntry | None, new: RecordEntry | None) -> bool:
-    """Whether the store now says something else. Times do not count: a store may tell them to the millisecond in a
-    listing and to the second in an answer to HEAD."""
-    if old is None or new is None:
-        return old is not new
-    return (old.kind, old.size_bytes, old.version) != (new.kind, new.size_bytes, new.version)

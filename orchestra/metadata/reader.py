@@ -96,6 +96,10 @@ class MetadataReader:
         """Return the listing of `prefix` however old it is, or None."""
         return self._open(self._listing_file(record_name(store_id, prefix)))
 
+    def any_attr(self, store_id: str, key: str) -> Record | None:
+        """Return the record of one key however old it is, or None."""
+        return self._open(self._attr_file(record_name(store_id, key)))
+
     def _fresh(self, path: str, freshness_s: float) -> Record | None:
         record = self._open(path)
         if record is None or not record.is_fresh(freshness_s, boot_id=self._boot_id, now_ns=self._clock.now_ns()):

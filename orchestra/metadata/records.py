@@ -234,6 +234,20 @@ class Record:
                 high = middle
         return low if low < self.count and self.name(low) == name else None
 
+    def same_rows(self, other: Record) -> bool:
+        """Whether both hold the same names, kinds, sizes and versions; times may differ."""
+        return self.count == other.count and all(
+            ours == theirs
+            for ours, theirs in (
+                (self._kinds, other._kinds),
+                (self._sizes.cast("B"), other._sizes.cast("B")),
+                (self._name_offsets.cast("B"), other._name_offsets.cast("B")),
+                (self._version_offsets.cast("B"), other._version_offsets.cast("B")),
+                (self._names, other._names),
+                (self._versions, other._versions),
+            )
+        )
+
     def age_ns(self, *, boot_id: bytes, now_ns: int) -> int | None:
         """Nanoseconds since it was fetched; None if that was in another boot."""
         return now_ns - self.fetched_ns if self.boot_id == boot_id else None

@@ -226,6 +226,9 @@ class FolderClient:
     def miss_stream(self) -> None:
         return None
 
+    def changes(self, position: int | None = None) -> None:
+        return None
+
     @property
     def messages_sent(self) -> int:
         return 0

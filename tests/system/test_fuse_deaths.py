@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -113,6 +114,26 @@ def test_what_is_open_stays_open_and_is_the_same_version_after_a_death(make: Mou
         assert (mounted.target / "large").read_bytes() == _LARGE
     (after,) = mounted.workers
     assert after != before
+
+
+def test_a_worker_is_replaced_while_the_kernel_holds_a_notification_up(make: Mount, folder: Path) -> None:
+    """A look-up that waits for the worker holds its folder, and what is told about a name there waits for that: if the
+    worker told it itself it could not be killed, nobody would have the look-up sent again, and all would hang."""
+    mounted = make()
+    file = os.open(mounted.target / "small", os.O_RDONLY | os.O_DIRECT)
+    with mounted.closed_gate():
+        looked_up = beside(lambda: os.stat(mounted.target / "slow").st_size)
+        pid, _ = mounted.wait_held()
+        (folder / "small").write_bytes(b"another version")
+        with pytest.raises(OSError) as caught:  # and the folder's kernel copy of "small" is doubted
+            os.pread(file, 4096, 0)
+        assert caught.value.errno == errno.ESTALE
+        kill(pid)
+        successor, path = mounted.wait_held()
+        assert (successor != pid, path) == (True, "/slow")
+    assert looked_up.result(60) == 40_000
+    os.close(file)
+    assert (mounted.target / "small").read_bytes() == b"another version"
 
 
 def test_a_file_replaced_while_its_worker_was_dead_is_stale_to_who_had_it_open(make: Mount, folder: Path) -> None:

@@ -15,9 +15,11 @@ from orchestra.blocks.layout import prepare
 from orchestra.clock import ManualClock
 from orchestra.errors import CacheDirectoryError, StoreUnavailableError
 from orchestra.metadata.catalog import Catalog
+from orchestra.metadata.differences import differing_names
 from orchestra.metadata.reader import MetadataReader
 from orchestra.metadata.records import publish_record
 from orchestra.namespace.paths import is_shown_name
+from orchestra.observe.change_log import Change, Scope
 from orchestra.stores.contract import ListPage
 from orchestra.testing.fault_store import Fail, FaultStore, Stall, Swap
 from orchestra.values import EntryKind, ObjectInfo
@@ -47,6 +49,7 @@ class Desk:
         self.faults = FaultStore(self.store)
         self.reader = MetadataReader(self.layout.listing_file, self.layout.attr_file, clock=self.clock, boot_id=BOOT)
         self.rooms_made = 0
+        self.changes: list[Change] = []
         self.catalog = Catalog(
             self.layout,
             str(self.layout.tmp),
@@ -55,6 +58,7 @@ class Desk:
             boot_id=BOOT,
             is_shown_name=is_shown_name,
             make_room=self._make_room,
+            on_change=self.changes.extend,
         )
 
     def _make_room(self) -> None:
@@ -72,6 +76,12 @@ class Desk:
     def known(self, key: str) -> object:
         """What any process of the node knows without asking."""
         return self.reader.lookup(self.store.store_id, key, FRESH)
+
+    def told(self) -> set[tuple[Scope, str]]:
+        """What was told to have changed since the last time."""
+        changes, self.changes[:] = self.changes[:], []
+        assert {change.store_id for change in changes} <= {self.store.store_id}
+        return {(change.scope, change.name) for change in changes}
 
     def asked(self) -> tuple[int, int]:
         """HEADs and LISTs so far."""
@@ -347,6 +357,70 @@ async def test_a_listing_known_to_be_wrong_is_dropped(desk: Desk) -> None:
     await desk.version("d/a", refresh=True)
     assert await desk.version("d/a") == version
     assert desk.reader.any_listing(desk.store.store_id, "d/") is None
+
+
+async def test_what_a_new_listing_says_otherwise_is_told(desk: Desk) -> None:
+    """Each name that came, went or has another version; of what is as it was, and of what nobody knew, nothing."""
+    for name in ("a", "b", "c"):
+        desk.store.put(f"d/{name}", b"x")
+    await desk.names("d/")
+    assert desk.told() == set()
+    desk.store.put("d/b", b"y")
+    desk.store.delete("d/c")
+    desk.store.put("d/new", b"x")
+    await desk.names("d/", refresh=True)
+    assert desk.told() == {(Scope.KEY, "d/b"), (Scope.KEY, "d/c"), (Scope.KEY, "d/new")}
+    await desk.names("d/", refresh=True)
+    assert desk.told() == set()
+
+
+async def test_what_a_look_up_finds_changed_is_told_and_the_rest_of_its_listing_doubted(desk: Desk) -> None:
+    """The next listing then says exactly what else had changed."""
+    for name in ("a", "b", "c"):
+        desk.store.put(f"d/{name}", b"x")
+    await desk.names("d/")
+    for name in ("a", "b", "new"):
+        desk.store.put(f"d/{name}", b"y")
+    await desk.version("d/a", refresh=True)
+    assert desk.told() == {(Scope.KEY, "d/a"), (Scope.CHILDREN, "d/")}
+    await desk.names("d/")
+    assert desk.told() == {(Scope.KEY, "d/a"), (Scope.KEY, "d/b"), (Scope.KEY, "d/new")}
+
+
+async def test_a_single_answer_is_compared_with_the_last_one_and_with_the_next_listing(desk: Desk) -> None:
+    """Also that nothing was there."""
+    desk.store.put("d/a", b"x")
+    desk.store.put("d/b", b"x")
+    for name in ("a", "b", "none"):
+        await desk.version(f"d/{name}")
+    assert desk.told() == set()
+    desk.store.put("d/a", b"y")
+    await desk.version("d/a", refresh=True)
+    assert desk.told() == {(Scope.KEY, "d/a")}
+    desk.store.delete("d/b")
+    desk.store.put("d/none", b"x")
+    await desk.names("d/")
+    assert desk.told() - {(Scope.KEY, "d/a")} == {(Scope.KEY, "d/b"), (Scope.KEY, "d/none")}
+
+
+async def test_a_version_that_a_reader_found_gone_is_told(desk: Desk) -> None:
+    """`forget` is how the engine says so."""
+    desk.store.put("d/a", b"x")
+    await desk.names("d/")
+    desk.catalog.forget(desk.store.store_id, "d/a")
+    assert desk.told() == {(Scope.KEY, "d/a"), (Scope.CHILDREN, "d/")}
+
+
+async def test_a_listing_that_is_another_altogether_is_told_as_one(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a number of names, and not name by name."""
+    monkeypatch.setattr(differing_names, "__kwdefaults__", {"names_max": 10})
+    for index in range(12):
+        desk.store.put(f"d/{index:02}", b"x")
+    await desk.names("d/")
+    for index in range(12):
+        desk.store.put(f"d/{index:02}", b"y")
+    await desk.names("d/", refresh=True)
+    assert desk.told() == {(Scope.CHILDREN, "d/")}
 
 
 async def test_times_told_differently_do_not_make_a_listing_wrong(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
