@@ -272,6 +272,8 @@ class Connection:
         self.answer: Answer | None = None
         self.writing = False
         self.free_at = 0.0  # when this connection's bandwidth allows the next byte
+        self.granted = 0  # bytes whose turn on the link of all is known, and when it is
+        self.granted_at = 0.0
         loop.add_reader(self.fd, self._on_readable)
 
     def _on_readable(self) -> None:
@@ -339,7 +341,7 @@ class Connection:
     def _send_head(self, answer: Answer) -> bool:
         """Send head and inline body; False if the socket is full or its bandwidth asks for a wait."""
         if answer.inline and (self.origin.knobs.bandwidth or self.origin.knobs.cap):
-            wait_s, _ = self._allowance(len(answer.inline))
+            wait_s, _ = self._allowance(len(answer.inline), is_one_piece=True)
             if wait_s > 0:
                 self._stop_writing()
                 self.loop.call_later(wait_s, self._send)
@@ -356,28 +358,33 @@ class Connection:
             return False
         return True
 
-    def _allowance(self, wanted: int) -> tuple[float, int]:
-        """Return seconds to wait, or 0 and how many bytes may be sent now."""
+    def _allowance(self, wanted: int, *, is_one_piece: bool = False) -> tuple[float, int]:
+        """Return seconds to wait, or 0 and how many bytes may be sent now.
+
+        The link of all serves whoever asked first, a step at a time: among many, nobody starves, and a timer that
+        fires late takes nothing of its rate.
+        """
         knobs = self.origin.knobs
         step = min(wanted, SEND_STEP_BYTES)
         if not knobs.bandwidth and not knobs.cap:
             return 0.0, step
         now = time.perf_counter()
-        wait_s = 0.0
-        for limit, free_at in ((knobs.bandwidth, self.free_at), (knobs.cap, self.origin.cap_free_at)):
-            if limit:
-                wait_s = max(wait_s, free_at - now)
-                step = min(step, max(16 * 1024, int(limit / 100)))  # ten milliseconds' worth
-        return wait_s, step
+        if not self.granted:
+            if knobs.bandwidth and self.free_at > now:
+                return self.free_at - now, 0
+            for limit in (knobs.bandwidth, knobs.cap):
+                if limit and not is_one_piece:
+                    step = min(step, max(16 * 1024, int(limit / 100)))  # ten milliseconds' worth
+            self.granted, self.granted_at = step, now
+            if knobs.cap:
+                self.granted_at = max(now, self.origin.cap_free_at)
+                self.origin.cap_free_at = self.granted_at + step / knobs.cap
+        return self.granted_at - now, min(step, self.granted)
 
     def _account(self, sent: int) -> None:
-        knobs = self.origin.knobs
-        if knobs.bandwidth or knobs.cap:
-            now = time.perf_counter()
-            if knobs.bandwidth:
-                self.free_at = max(self.free_at, now) + sent / knobs.bandwidth
-            if knobs.cap:
-                self.origin.cap_free_at = max(self.origin.cap_free_at, now) + sent / knobs.cap
+        self.granted = max(0, self.granted - sent)
+        if self.origin.knobs.bandwidth:
+            self.free_at = max(self.free_at, time.perf_counter()) + sent / self.origin.knobs.bandwidth
 
     def _wait_writable(self) -> None:
         if not self.writing:

@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ RATIOS = (0.5, 1.0, 2.0)
 DATASET = "train"
 FILE_SIZE = 500_000
 WORKERS = 4
-BATCH = 16
+BATCH = 8
 # Samples in a shard of the libraries that have shards: 25 MB of 500 kB samples.
 SHARD_SAMPLES = 50
 RUN_TIMEOUT_S = 300
@@ -56,6 +56,17 @@ class Trainer(Contestant):
     """Somebody who serves a dataset to the training process."""
 
     library = ""
+    names: Sequence[str] = ()
+    # Peers are there for the first epoch, once; of ours, two are compared with what is wanted.
+    epochs = 1
+    turns_max = 1
+
+    def surroundings(self) -> Mapping[str, str]:
+        """Return the environment of the training process."""
+        return clean_environment()
+
+    def check(self) -> None:
+        """End with a sentence unless the training was served as the contestant's name says."""
 
     def training(self) -> tuple[str, dict[str, Any]]:
         """Return the trainer's kind and its arguments."""
@@ -69,6 +80,20 @@ class DatasetMount(OrchestraMount, Trainer):
 
     name = 'orchestra mount, prefetch = "dataset"'
     prefetch = "dataset"
+    epochs = 2
+    turns_max = 99
+
+    def surroundings(self) -> Mapping[str, str]:
+        return self.environment  # with the folder in which its mount says what it shows
+
+    def check(self) -> None:
+        states = [one["state"] for one in self.status()["prefetch"]["dataset"]]
+        if states != ["complete"]:
+            raise SystemExit(f"dataset prefetch ended as {states}")
+
+    def status(self) -> dict[str, Any]:
+        """Return what the daemon says of itself."""
+        return dict(json.loads(self.orchestra("daemon", "status", "--json")))
 
     def start(self) -> None:
         super().start()
@@ -88,16 +113,40 @@ class OnDemandMount(DatasetMount):
 
     name = 'orchestra mount, prefetch = "none"'
     prefetch = "none"
+    epochs = turns_max = 1
+
+    def check(self) -> None:
+        if self.status()["prefetch"]["dataset"]:
+            raise SystemExit("something was fetched ahead")
 
 
 class PlannedMount(OnDemandMount):
     """The same with one line in the script: orchestra.torch.PlannedSampler."""
 
     name = "orchestra mount, PlannedSampler"
+    epochs = 2
+    turns_max = 99
 
     def training(self) -> tuple[str, dict[str, Any]]:
         _, setup = super().training()
         return "planned", {**setup, "config": str(self.config)}
+
+
+class LocalFolder(Trainer):
+    """The files on this machine's disk from the start: what a DataLoader's own hand-over costs."""
+
+    name = "local folder"
+    epochs = 2
+
+    def training(self) -> tuple[str, dict[str, Any]]:
+        return "folder", {"folder": str(self.folder)}
+
+    def list_folders(self, folders: Sequence[str]) -> None:
+        data = os.urandom(FILE_SIZE)
+        for name in self.names:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
 
 
 class RcloneTrainer(RcloneMount, Trainer):
@@ -154,9 +203,11 @@ class MosaicStreaming(ShardTrainer):
     library = "streaming"
 
 
-def trainer(request: dict[str, Any], peers: str, origin_url: str = "") -> dict[str, Any] | None:
+def trainer(
+    request: dict[str, Any], peers: str, origin_url: str = "", environment: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
     """Run the training process; None, with its last words on standard error, if it fails."""
-    environment = clean_environment()
+    environment = dict(environment or clean_environment())
     if peers:
         environment["PYTHONPATH"] = peers
     environment |= {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
@@ -205,9 +256,10 @@ class Course:
             bare.close()
 
     def epoch(self, kind: type[Trainer], compute_s: float) -> dict[str, Any] | None:
-        """Let a contestant serve two epochs, beginning with nothing."""
+        """Let a contestant serve its epochs, beginning with nothing."""
         self.runs += 1
         contestant = kind(self.folder / str(self.runs), self.origin.url)
+        contestant.names = self.names
         with ExitStack() as stack:
             contestant.start()
             stack.callback(contestant.close)
@@ -215,22 +267,26 @@ class Course:
             drop_page_cache()
             method, setup = contestant.training()
             steps = -(-len(self.names) // BATCH)
-            train = {"names": self.names, "size": self.size, "workers": WORKERS, "batch": BATCH, "epochs": 2}
+            train = {"names": self.names, "size": self.size, "workers": WORKERS, "batch": BATCH, "epochs": kind.epochs}
             request = {"kind": method, "setup": setup, "train": train | {"step_s": compute_s / steps}}
-            return trainer(request, self.peers, self.origin.url)
+            answer = trainer(request, self.peers, self.origin.url, contestant.surroundings())
+            contestant.check()
+            return answer
 
 
 def table(results: dict[str, dict[float, list[Any]]], io_s: float) -> list[str]:
     """Return the Markdown table: efficiency per ratio (median turn), stalls of the second epoch."""
     heads = " | ".join(f"T_compute = {ratio:g} T_io" for ratio in RATIOS)
-    rows = [f"| | {heads} | waiting in epoch 2 |", f"|---|{'---:|' * len(RATIOS)}---:|"]
+    rows = [f"| | {heads} | waiting in epoch 2, of it |", f"|---|{'---:|' * len(RATIOS)}---:|"]
     for name, by_ratio in results.items():
-        cells, stall = [], "-"
+        cells: list[str] = []
+        stalls: list[str] = []
         for ratio in RATIOS:
             runs = [run for run in by_ratio[ratio] if run is not None]
             cells.append(f"{efficiency(runs, ratio, io_s):.2f}" if runs else "failed")
-            if runs and ratio == RATIOS[-1]:
-                stall = f"{100 * stall_share(runs):.1f} %"
+            if runs and len(runs[0]["waits_s"]) > 1:
+                stalls.append(f"{100 * stall_share(runs):.1f}")
+        stall = f"{' / '.join(stalls)} %" if stalls else "-"
         rows.append(f"| {name} | {' | '.join(cells)} | {stall} |")
     return rows
 
@@ -268,8 +324,9 @@ def all_runs(
     """Let everyone train at every ratio, forwards and backwards; None stands for a run that failed."""
     results: dict[str, dict[float, list[Any]]] = {kind.name: {ratio: [] for ratio in RATIOS} for kind in kinds}
     for turn in range(turns):
+        running = [kind for kind in kinds if turn < kind.turns_max]
         for ratio in RATIOS:
-            for kind in kinds if turn % 2 == 0 else reversed(kinds):
+            for kind in running if turn % 2 == 0 else reversed(running):
                 run = course.epoch(kind, ratio * io_s)
                 results[kind.name][ratio].append(run)
                 print(f"  {kind.name}, {ratio:g}: {run and run['epochs_s']}", file=sys.stderr)
@@ -290,7 +347,7 @@ def main() -> None:
         options.turns, options.files = 1, 200
     kinds = [
         kind
-        for kind in (PlannedMount, DatasetMount, OnDemandMount, S3fsTrainer, RcloneTrainer)
+        for kind in (PlannedMount, DatasetMount, OnDemandMount, LocalFolder, S3fsTrainer, RcloneTrainer)
         if is_wanted(kind, options.only)
     ]
     libraries = [kind for kind in (WebDataset, LitData, MosaicStreaming) if is_wanted(kind, options.only)]

@@ -1,7 +1,8 @@
 """The process that trains in overlap.py: torch's DataLoader (or a library's own dataset in it) and a step that sleeps.
 
 Takes one JSON object on standard input, {"kind", "setup", "train"}, and prints one line: seconds of each epoch, and how
-long of them it waited for batches. With "pack" it writes the shards that a library reads, instead.
+long of them it waited for batches. An epoch lasts from the call of `iter(loader)`, so the start of its workers counts,
+to the end of the last step. With "pack" it writes the shards that a library reads, instead.
 
 Owns: the loops and each library's few lines. Leaves to others: what is read (overlap.py).
 """
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 
 @dataclass(slots=True)
@@ -89,10 +90,10 @@ def run(loader: Callable[[int], Any], train: Train) -> dict[str, Any]:
         while True:
             asked = time.perf_counter()
             lengths = next(batches, None)
-            waited += time.perf_counter() - asked
             if lengths is None:
                 break
-            byte_count += sum(int(length) for length in lengths)
+            waited += time.perf_counter() - asked
+            byte_count += sum(lengths)
             time.sleep(train.step_s * len(lengths) / train.batch)
         epochs.append(time.perf_counter() - began)
         waits.append(waited)
@@ -101,15 +102,19 @@ def run(loader: Callable[[int], Any], train: Train) -> dict[str, Any]:
     return {"epochs_s": epochs, "waits_s": waits}
 
 
-def shuffled(dataset: Dataset[int], train: Train) -> Callable[[int], Any]:
-    """Batches of a map-style dataset in a new order each epoch."""
+def shuffled(dataset: Files, train: Train, sampler: Any = None) -> Callable[[int], Any]:
+    """Batches of a map-style dataset in a new order each epoch; its workers stay."""
     import torch
 
-    def batches(epoch: int) -> Any:
-        generator = torch.Generator().manual_seed(epoch)
-        return DataLoader(dataset, batch_size=train.batch, shuffle=True, num_workers=train.workers, generator=generator)
-
-    return batches
+    loader = DataLoader(
+        dataset,
+        batch_size=train.batch,
+        sampler=sampler or RandomSampler(dataset, generator=torch.Generator().manual_seed(1)),
+        num_workers=train.workers,
+        persistent_workers=True,
+        collate_fn=list,
+    )
+    return lambda epoch: loader
 
 
 def folder(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
@@ -123,9 +128,12 @@ def planned_folder(setup: dict[str, Any], train: Train) -> Callable[[int], Any]:
 
     dataset = Files(setup["folder"], train.names)
     sampler = PlannedSampler([f"{dataset.folder}/{name}" for name in train.names], 0, config=setup["config"])
+    loader = shuffled(dataset, train, sampler)(0)
 
     def batches(epoch: int) -> Any:
-        return DataLoader(dataset, batch_size=train.batch, sampler=sampler, num_workers=train.workers)
+        if epoch and not sampler.is_published:
+            raise SystemExit("the node was not told the order")
+        return loader
 
     return batches
 
@@ -144,7 +152,7 @@ def webdataset_shards(setup: dict[str, Any], train: Train) -> Callable[[int], An
         order = list(urls)
         random.Random(epoch).shuffle(order)
         samples = webdataset.WebDataset(order, shardshuffle=False, empty_check=False).shuffle(100)
-        return DataLoader(Lengths(samples, "bin"), batch_size=train.batch, num_workers=train.workers)
+        return DataLoader(Lengths(samples, "bin"), batch_size=train.batch, num_workers=train.workers, collate_fn=list)
 
     return batches
 

@@ -133,7 +133,7 @@ def assemble(
         prefetch=PrefetchRunner(engine, geometry),
         dataset=_dataset(config, engine, blocks, geometry, steering, clock),
         jobs=jobs,
-        plans=_plan_runner(config, engine, blocks, clock),
+        plans=_plan_runner(config, engine, blocks, steering, clock),
         space=space,
         writers=writers,
         started_ns=clock.now_ns(),
@@ -196,10 +196,11 @@ def _open_blocks(
     return blocks, index
 
 
-def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, clock: Clock) -> PlanRunner:
+def _plan_runner(config: Config, engine: Engine, blocks: BlockStore, steering: Steering, clock: Clock) -> PlanRunner:
     return PlanRunner(
         engine,
         blocks,
+        steering=steering,
         clock=clock,
         capacity_bytes=config.cache.size_bytes,
         requests_max=config.fetch.requests_max,

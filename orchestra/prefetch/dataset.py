@@ -25,6 +25,7 @@ from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.namespace.paths import join, parent_and_name
 from orchestra.prefetch.loading import Loader
+from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import Steering
 from orchestra.prefetch.tree import Page, TreeFile, walk
 
@@ -174,7 +175,7 @@ class DatasetPrefetch:
             clock=self._clock,
             has_room=lambda size_bytes: self._has_room(loader, size_bytes),
         )
-        async with self._steering.steer(loader, self._limits.requests_max):
+        async with self._steering.steer(loader, Squeeze(self._limits.requests_max)):
             return await loader.run(self._pages(run, start))
 
     def _has_room(self, loader: Loader, size_bytes: int) -> bool:

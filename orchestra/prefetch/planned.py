@@ -20,9 +20,10 @@ from typing import Any
 
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock
-from orchestra.engine.engine import Engine
+from orchestra.engine.engine import Engine, Wanted
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.fetch.budget import Priority
+from orchestra.prefetch.loading import ANSWERS_MAX
 from orchestra.prefetch.path_table import PathTable
 from orchestra.prefetch.plan import (
     IndexSet,
@@ -34,6 +35,8 @@ from orchestra.prefetch.plan import (
     next_rate,
     steps_to_look_at,
 )
+from orchestra.prefetch.squeeze import FACTOR_MIN_OF_PLANS, LIMIT_AT_FIRST_OF_PLANS, Squeeze
+from orchestra.prefetch.steering import TICK_S, Steering
 from orchestra.values import ByteRange, EntryKind
 
 log = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ class PlanRunner:
         engine: Engine,
         blocks: BlockStore,
         *,
+        steering: Steering,
         clock: Clock,
         capacity_bytes: int,
         requests_max: int,
@@ -110,7 +114,12 @@ class PlanRunner:
         self._blocks = blocks
         self._clock = clock
         self._capacity_bytes = capacity_bytes
-        self._requests_max = requests_max
+        self._steering = steering
+        self._steering_task: asyncio.Task[None] | None = None
+        self._squeeze = Squeeze(requests_max, LIMIT_AT_FIRST_OF_PLANS, FACTOR_MIN_OF_PLANS)
+        self._limit = self._squeeze.limit
+        self._answers: list[tuple[int, int]] = []
+        self.bytes_in_flight = 0
         self._plans: OrderedDict[str, _Plan] = OrderedDict()
         self._tables: OrderedDict[str, _Table] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -214,9 +223,31 @@ class PlanRunner:
     async def close(self) -> None:
         """Stop fetching for plans."""
         self._is_closed = True
-        for task in list(self._tasks):
+        tasks = [*self._tasks, *([self._steering_task] if self._steering_task is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- how much at a time (see Steered) --------------------------------------------------------------------------
+
+    priority = Priority.PLAN
+
+    def set_limit(self, limit: int) -> None:
+        """Look at so many steps at a time, over all plans; those under way end by themselves."""
+        self._limit = limit
+        self._pump_soon()
+
+    def take_answers(self) -> list[tuple[int, int]]:
+        """Return how long each file took that was fetched since the last call, in nanoseconds, and its bytes."""
+        answers, self._answers = self._answers, []
+        return answers
+
+    async def _steer(self) -> None:
+        """Until nothing has been fetched for a while."""
+        async with self._steering.steer(self, self._squeeze):
+            while self.bytes_in_flight or self._answers:
+                await asyncio.sleep(2 * TICK_S)
+        self._steering_task = None
 
     # -- plans -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +334,7 @@ class PlanRunner:
         if plan.told is None or standing.frontier >= standing.known_stop:  # told: else it may begin far inside
             return range(0)
         others = sum(other.in_flight for other in self._plans.values()) - plan.in_flight
-        return steps_to_look_at(standing, PlanLimits(self._ahead_max(plan), self._requests_max - others))
+        return steps_to_look_at(standing, PlanLimits(self._ahead_max(plan), self._limit - others))
 
     def _ahead_max(self, plan: _Plan) -> int:
         all_ahead = sum(other.ahead_bytes for other in self._plans.values())
@@ -354,7 +385,7 @@ class PlanRunner:
             evicted_count = self._evicted_count()  # before it is looked whether the file is here
             missing_bytes = self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
             # What the accounts hold is not looked at: after a reboot its first reader has it verified.
-            if missing_bytes and not await self._engine.ensure(wanted, Priority.PLAN):
+            if missing_bytes and not await self._bring(wanted):
                 plan.no_room.append(entry)
             else:
                 plan.fetched += bool(missing_bytes)
@@ -368,6 +399,21 @@ class PlanRunner:
         finally:
             plan.in_flight -= 1
             self._pump_soon()
+
+    async def _bring(self, wanted: Wanted) -> bool:
+        """Have the engine fetch a file; how long that took says how much to have in flight."""
+        size_bytes, begun_ns = wanted.byte_range.length, self._clock.now_ns()
+        is_timed = not self._engine.is_coming(wanted)  # else the time says when a reader asked
+        self.bytes_in_flight += size_bytes
+        if self._steering_task is None and not self._is_closed:
+            self._steering_task = asyncio.create_task(self._steer(), name="steering of plans")
+        try:
+            is_kept = await self._engine.ensure(wanted, Priority.PLAN)
+        finally:
+            self.bytes_in_flight -= size_bytes
+        if is_timed and len(self._answers) < ANSWERS_MAX:
+            self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
+        return is_kept
 
     def _settle(self, plan: _Plan, entry: _Ahead, digest: str, size_bytes: int) -> int:
         """The file's size and extents are known now. Returns what of it is missing: only that is ahead of the reader

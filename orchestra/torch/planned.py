@@ -93,6 +93,7 @@ class PlannedSampler(Sampler[int]):
         self._next: tuple[int, int] | None = None  # (epoch, samples that came before it), if it was said
         self._publisher: PlanPublisher | None = None
         self._is_warned = False
+        self._is_published = False
 
     # -- the sampler -----------------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class PlannedSampler(Sampler[int]):
         self._next = None
         # A script that never calls set_epoch on a sampler that wants it has the same epoch over and over.
         is_same_again = before is not None and before.epoch == epoch and not before.started
-        is_publishing = self._publish(running, share, epoch if is_same_again else epoch + 1)
+        is_publishing = self._is_published = self._publish(running, share, epoch if is_same_again else epoch + 1)
         told_ns = self._clock.now_ns()
         for offset, index in enumerate(share):
             if is_publishing and (now_ns := self._clock.now_ns()) - told_ns >= _POSITION_NS:
@@ -124,6 +125,11 @@ class PlannedSampler(Sampler[int]):
             return running.length
         rest = self._orders.length - self._coming()[1]
         return rest // self._world_size if self._drop_last else -(-rest // self._world_size)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the node knows the order of the running pass, so that files are fetched ahead by it."""
+        return self._is_published
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is that epoch; the rest of it, if that is the one that was loaded."""

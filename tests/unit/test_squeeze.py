@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestra.prefetch.squeeze import LIMIT_AT_FIRST, LIMIT_MIN, Squeeze, Tick
+from orchestra.prefetch.squeeze import (
+    FACTOR_MIN_OF_PLANS,
+    LIMIT_AT_FIRST,
+    LIMIT_AT_FIRST_OF_PLANS,
+    LIMIT_MIN,
+    Squeeze,
+    Tick,
+)
 
 PIECE = 500_000
 
@@ -51,7 +58,7 @@ def test_a_wide_link_is_taken_within_a_second() -> None:
     """Where everything in flight counts, the limit doubles up to the most; looks at the latency are short and rare."""
     assert Squeeze(128).limit == LIMIT_AT_FIRST
     found = Link(0.05, 10e9).run(Squeeze(128), 300)
-    assert found[:5] == [8, 16, 32, 64, 128]
+    assert found[:7] == [2, 4, 8, 16, 32, 64, 128]
     assert found.count(128) >= 0.9 * len(found)
 
 
@@ -65,7 +72,7 @@ def test_uneven_latency_does_not_starve_a_load() -> None:
 def test_it_never_stops_altogether() -> None:
     """However much readers have in flight, something goes on, and a store that takes one request gets one."""
     squeeze = Squeeze(128)
-    assert {squeeze.tick(Tick(50e6, 0.05, PIECE, 10**9, True)) for _ in range(20)} == {8, LIMIT_MIN}
+    assert {squeeze.tick(Tick(50e6, 0.05, PIECE, 10**9, True)) for _ in range(20)} == {LIMIT_AT_FIRST, LIMIT_MIN}
     assert set(Link(0.05, 50e6).run(Squeeze(1), 20)) == {1}
 
 
@@ -80,3 +87,20 @@ def test_a_tick_without_answers_changes_nothing() -> None:
     """A store that does not answer is not asked for less or more because of it."""
     squeeze = Squeeze(128)
     assert squeeze.tick(Tick(0.0, 0.0, 0.0, 0, True)) == LIMIT_AT_FIRST
+
+
+def test_a_plan_begins_with_a_batch_and_does_not_double_what_only_queues() -> None:
+    """A first window of 16, of which the first answers come after 80 ms and later ones after twice that, is followed
+    down to what fills 50 MB/s; on a wide link it is doubled at once."""
+    narrow = Squeeze(128, LIMIT_AT_FIRST_OF_PLANS, FACTOR_MIN_OF_PLANS)
+    assert narrow.tick(Tick(33e6, 0.08, PIECE, 2 * PIECE, True)) == 16
+    assert narrow.tick(Tick(50e6, 0.16, PIECE, 2 * PIECE, True)) == 8
+    assert Link(0.05, 10e9).run(Squeeze(128, LIMIT_AT_FIRST_OF_PLANS), 5) == [16, 32, 64, 128, 128]
+
+
+def test_what_was_learnt_survives_a_pause() -> None:
+    """Ticks without anything to fetch leave the limit of a narrow link as it was."""
+    squeeze, link = Squeeze(128), Link(0.05, 50e6)
+    before = link.run(squeeze, 20)[-1]
+    assert {squeeze.tick(Tick(0.0, 0.0, 0.0, 0, True)) for _ in range(100)} == {before}
+    assert abs(link.run(squeeze, 1)[0] - before) <= 1
