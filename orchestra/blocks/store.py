@@ -31,6 +31,7 @@ from orchestra.blocks.reader import LocalObject
 from orchestra.blocks.rules import Origin
 from orchestra.blocks.scan import find_files
 from orchestra.blocks.space import BlockSpace
+from orchestra.values import ByteRange
 
 log = logging.getLogger(__name__)
 
@@ -141,11 +142,12 @@ class BlockStore:
         with self._lock:
             return self._accounts.room_bytes(store_id)
 
-    def missing_charge(self, digest: str, size_bytes: int) -> int:
-        """Bytes that the rest of the object would take on disk, by the accounts; 0 when they have all of it. Costs no
-        system call."""
-        whole = _charge(size_bytes)
-        return max(0, whole - sum(self._accounts.size_of(name) for name in self.names_of(digest, size_bytes)))
+    def missing_charge(self, digest: str, size_bytes: int, byte_range: ByteRange | None = None) -> int:
+        """Bytes that the rest of the object (of whole extents of it) would take on disk, by the accounts; 0 when they
+        have all of it. Costs no system call."""
+        whole = _charge(size_bytes if byte_range is None else byte_range.length)
+        blocks = None if byte_range is None else self._geometry.blocks_of(byte_range)
+        return max(0, whole - sum(self._accounts.size_of(name) for name in self.names_of(digest, size_bytes, blocks)))
 
     def charge_of(self, size_bytes: int) -> int:
         """Bytes that so much data takes on disk."""

@@ -19,6 +19,7 @@ import click
 from orchestra.cli.job import follow, print_job, status_of, wait_planned
 from orchestra.cli.output import print_json
 from orchestra.cli.session import Session, pass_session
+from orchestra.config_cluster import REPLICAS_MAX
 from orchestra.errors import OrchestraError
 from orchestra.units import format_size, parse_size_bytes
 
@@ -31,6 +32,7 @@ from orchestra.units import format_size, parse_size_bytes
 @click.option("--list", "list_file", metavar="FILE", help="Load only these: a path a line, below PATH; - for stdin.")
 @click.option("--partial", is_flag=True, help="If not everything fits, load as much as does.")
 @click.option("--retry", is_flag=True, help="Load only what failed in the last load of PATH.")
+@click.option("--replicas", type=click.IntRange(1, REPLICAS_MAX), help="Nodes that hold each extent, in a cluster.")
 @click.option("--json", "as_json", is_flag=True, help="Print the job as JSON.")
 @pass_session
 def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: str | None, **options: Any) -> None:
@@ -45,6 +47,7 @@ def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: s
         "partial": options["partial"],
         "retry": options["retry"],
         "bandwidth_bytes_per_s": _rate(options["bandwidth"]),
+        "replicas": options["replicas"] or 0,
     }
     with _listed(list_file) as listed:
         job = _submit(session, body | listed)

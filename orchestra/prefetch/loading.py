@@ -13,7 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from orchestra.blocks.geometry import Geometry
@@ -30,7 +30,7 @@ from orchestra.values import ByteRange, EntryKind
 # A file that changes this often while it is loaded is reported instead of chased.
 _VERSIONS_MAX = 3
 # Answers timed between two looks at them; more say nothing new.
-ANSWERS_MAX = 1000
+_ANSWERS_MAX = 1000
 
 
 class LoadObserver(Protocol):
@@ -58,11 +58,12 @@ class _Loading:
     def cut(self, step_bytes: int) -> tuple[Wanted, bool]:
         """Return the next piece, and whether it is the last."""
         whole = self.file.wanted
-        size = whole.info.size_bytes
-        if size <= step_bytes:
+        if whole.byte_range.length <= step_bytes:
             return whole, True
-        start, self.next_start = self.next_start, self.next_start + step_bytes
-        return Wanted(whole.mount, whole.info, ByteRange(start, min(size, start + step_bytes))), self.next_start >= size
+        stop = whole.byte_range.stop
+        start = max(self.next_start, whole.byte_range.start)
+        self.next_start = start + step_bytes
+        return replace(whole, byte_range=ByteRange(start, min(stop, start + step_bytes))), self.next_start >= stop
 
 
 class Loader:
@@ -79,16 +80,18 @@ class Loader:
         clock: Clock,
         pace: Pace | None = None,
         has_room: Callable[[int], bool] = lambda size_bytes: True,
+        share: Callable[[TreeFile], list[TreeFile]] = lambda file: [file],
     ) -> None:
         """`limit`: pieces in flight at most. `has_room` is asked before a piece is fetched; the first no ends the
-        load."""
+        load. `share` cuts the next version of a file that was replaced to what is loaded here."""
         self._engine = engine
         self._geometry = geometry
         self._observer = observer
-        self.priority = priority
+        self._priority = priority
         self.limit = limit
         self._pace = pace
         self._has_room = has_room
+        self._share = share
         self._waiting: deque[_Loading] = deque()
         self._is_low = asyncio.Event()
         self._running = 0
@@ -106,7 +109,7 @@ class Loader:
 
         Cancelling stops it; requests under way end and are kept.
         """
-        URGENCY.set(self.priority)  # of the listings, and of all that is started here
+        URGENCY.set(self._priority)  # of the listings, and of all that is started here
         try:
             async with aclosing(pages), asyncio.TaskGroup() as self._tasks:
                 async for page in pages:
@@ -143,7 +146,7 @@ class Loader:
             await self._is_low.wait()
 
     def _add(self, file: TreeFile, *, tries: int) -> None:
-        size = file.wanted.info.size_bytes
+        size = file.wanted.byte_range.length
         if size:
             self._waiting.append(_Loading(file, -(-size // self._piece_bytes), tries))
         else:
@@ -201,14 +204,14 @@ class Loader:
         size_bytes, begun_ns = wanted.byte_range.length, 0
         if self._engine.holds_some(wanted):
             await asyncio.sleep(0)  # what is here already would keep the loop without a pause
-        elif not self._engine.is_coming(wanted):  # else the time says when a reader asked
+        else:
             begun_ns = self._clock.now_ns()
         self.bytes_in_flight += size_bytes
         try:
-            is_kept = await self._engine.ensure(wanted, self.priority)
+            is_kept = await self._engine.ensure(wanted, self._priority)
         finally:
             self.bytes_in_flight -= size_bytes
-        if begun_ns and len(self._answers) < ANSWERS_MAX:
+        if begun_ns and len(self._answers) < _ANSWERS_MAX:
             self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
         return is_kept
 
@@ -230,7 +233,8 @@ class Loader:
             entry = await self._engine.stat(path, refresh=True)
             if entry.kind is not EntryKind.FILE:
                 raise NotFoundError(f"{path} was replaced by a folder while it was loaded")
-            self._add(file_at(self._engine, path, entry), tries=loading.tries + 1)
+            for file in self._share(file_at(self._engine, path, entry)):
+                self._add(file, tries=loading.tries + 1)
         except OrchestraError as gone:
             self._observer.on_failed(path, gone)
         self._start_workers()

@@ -18,7 +18,26 @@ class CountingServer:
         self.files: dict[str, bytes] = {}
         self.gets: list[tuple[str, int, int]] = []  # of files: key, start, stop
         self.is_failing = False  # answers 503 to every GET of a file
+        self.broken: set[str] = set()  # keys of which every GET is answered 500
+        self.lists: list[str] = []  # folders whose index was asked for
+        self.waiting_count = 0  # GETs that wait for `release`
+        self._released = threading.Event()
+        self._released.set()
         self.url = ""
+
+    def hold(self) -> None:
+        """Have every GET of a file wait until `release`."""
+        self._released.clear()
+
+    def release(self) -> None:
+        """Answer those that wait, and all after them."""
+        self._released.set()
+
+    def wait_released(self) -> None:
+        """Return when nothing is held."""
+        if not self._released.is_set():
+            self.waiting_count += 1
+            self._released.wait(60)
 
     @property
     def bytes_sent(self) -> int:
@@ -42,8 +61,10 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._index(key)
             return
-        if has_body and self.store.is_failing:
-            self._send(503, b"", {})
+        if has_body:
+            self.store.wait_released()
+        if has_body and (self.store.is_failing or key in self.store.broken):
+            self._send(503 if self.store.is_failing else 404, b"", {})
             return
         headers = {"ETag": f'"{zlib.crc32(data):08x}"', "Accept-Ranges": "bytes"}
         if self.headers.get("If-Match") not in (None, headers["ETag"]):
@@ -65,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not names:
             self._send(404, b"", {})
             return
+        self.store.lists.append(key)
         links = "".join(f'<a href="{quote(name)}">{escape(name)}</a><br>' for name in names)
         self._send(200, f"<html><body>{links}</body></html>".encode(), {"Content-Type": "text/html"})
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from orchestra.daemon.api import jobs
 from orchestra.daemon.api.context import NODE, answer, body_of
 from orchestra.daemon.api.nodes import control_of
-from orchestra.daemon.nodes import presence
+from orchestra.daemon.nodes import loads, presence
 
 
 def add_routes(app: web.Application) -> None:
     """Add the routes to `app`."""
     app.router.add_get("/v1/node/status", status)
     app.router.add_post(presence.ROUTE, holds)
+    jobs.add_own_routes(app)
+    app.router.add_post(loads.ROUTE + "{action}", part_of_load)
 
 
 async def status(request: web.Request) -> web.Response:
@@ -25,3 +28,8 @@ async def holds(request: web.Request) -> web.Response:
     """POST {objects: [[digest, size_bytes]]} -> {held: [{extent: bytes}]} of each, on this node's disk."""
     node = request.app[NODE]
     return answer(presence.answer_holds(node.blocks, node.geometry, await body_of(request)))
+
+
+async def part_of_load(request: web.Request) -> web.Response:
+    """POST {job, ...} -> what jobs.parts answers: start, status, release, stop, failures of this node's part."""
+    return answer(await control_of(request).parts.answer(request.match_info["action"], await body_of(request)))

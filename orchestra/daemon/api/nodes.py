@@ -37,9 +37,7 @@ async def where(request: web.Request) -> web.Response:
     if entry.kind is not EntryKind.FILE:
         raise IsADirectoryPathError(f"is a directory: {path}")
     wanted: Wanted = node.engine.want(path, entry.version, entry.size_bytes, ByteRange(0, entry.size_bytes))
-    replication = wanted.mount.config.replication
-    least = replication.min if replication is not None and replication.min is not None else None
-    return answer(await control.presence.where(wanted, least or control.cluster.config.replicas))
+    return answer(await control.presence.where(wanted, control.replicas_of(wanted.mount.config)))
 
 
 def control_of(request: web.Request) -> NodeControl:

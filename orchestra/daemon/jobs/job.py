@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from orchestra.config_cluster import REPLICAS_MAX
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.namespace.paths import normalize_path
 from orchestra.units import format_size
@@ -49,6 +50,7 @@ class LoadSpec:
     bandwidth_bytes_per_s: int = 0  # 0: no limit
     is_listed: bool = False
     retry_of: str = ""
+    replicas: int = 0  # owners that load each extent, in a cluster; 0: as many as its mount asks for
 
     def to_json(self) -> dict[str, Any]:
         """Return what `spec_from_json` reads."""
@@ -59,6 +61,7 @@ class LoadSpec:
             "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
             "is_listed": self.is_listed,
             "retry_of": self.retry_of,
+            "replicas": self.replicas,
         }
 
 
@@ -72,6 +75,7 @@ def spec_from_json(body: Mapping[str, Any]) -> LoadSpec:
             bandwidth_bytes_per_s=int(body.get("bandwidth_bytes_per_s", 0)),
             is_listed=_flag(body, "is_listed"),
             retry_of=str(body.get("retry_of", "")),
+            replicas=int(body.get("replicas", 0)),
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, OrchestraError):
@@ -79,6 +83,8 @@ def spec_from_json(body: Mapping[str, Any]) -> LoadSpec:
         raise UsageError(f"not a load: {type(error).__name__}: {error}") from error
     if spec.bandwidth_bytes_per_s < 0:
         raise UsageError(f"bandwidth_bytes_per_s: expected a rate, got {spec.bandwidth_bytes_per_s}")
+    if not 0 <= spec.replicas <= REPLICAS_MAX:
+        raise UsageError(f"replicas: expected 1 to {REPLICAS_MAX}, got {spec.replicas}")
     return spec
 
 

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 _FINISHED_JOBS_MAX = 100
 # Failures kept of one job: 20 MB of lines. With more, the store is what has to be mended, and a second load finds them.
 FAILURES_KEPT_MAX = 100_000
-_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})\.json", re.ASCII)
+# In a cluster a few letters follow that tell the node.
+_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})(-[0-9a-z]{4})?\.json", re.ASCII)
 
 
 class Journal:
@@ -87,10 +88,16 @@ class Journal:
         with self._path(job_id, "failed").open("w", encoding="utf-8", errors="surrogateescape") as file:
             yield FailureFile(file)
 
+    def failed(self, job_id: str) -> Iterator[dict[str, str]]:
+        """Yield {path, message} of what failed, read bit by bit; a line that is being written is left out."""
+        for line in self._lines(job_id, "failed"):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
     def failed_paths(self, job_id: str) -> Iterator[str]:
         """Yield the paths that failed, read bit by bit."""
-        for line in self._lines(job_id, "failed"):
-            yield str(json.loads(line)["path"])
+        for failure in self.failed(job_id):
+            yield str(failure["path"])
 
     # -- lists -----------------------------------------------------------------------------------------------------
 

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock
 from orchestra.daemon.jobs.job import FAILURES_SHOWN_MAX, Fit, Job, JobState
 from orchestra.daemon.jobs.journal import FailureFile, Journal
+from orchestra.daemon.jobs.share import Share
 from orchestra.engine.engine import Engine
 from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.prefetch.loading import Loader
 from orchestra.prefetch.pace import Pace
-from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import Steering
 from orchestra.prefetch.tree import Page, TreeFile, walk, walk_paths
 from orchestra.stores.limit import URGENCY
@@ -57,10 +57,22 @@ class LoadTools:
 class LoadRun:
     """One job being carried out. `changed` is called whenever its state is another."""
 
-    def __init__(self, job: Job, tools: LoadTools, changed: Callable[[Job], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        tools: LoadTools,
+        changed: Callable[[Job], None],
+        *,
+        share: Share | None = None,
+        hold: Callable[[Fit], Awaitable[None]] | None = None,
+    ) -> None:
+        """`share`: this node's part of a load that all nodes of a cluster do, whose leader asked the stores what there
+        is. `hold` is waited for when it is known what is to be done."""
         self._job = job
         self._tools = tools
         self._changed = changed
+        self._share = share
+        self._hold = hold
         self._failure_file: FailureFile | None = None
         # On disk, of a load that does not fit and may stay partial: in all, and left in this pass over the files.
         self._allowance_bytes: int | None = None
@@ -76,6 +88,8 @@ class LoadRun:
         with self._tools.journal.failures(job.job_id) as self._failure_file:
             try:
                 fit = await self._plan()
+                if self._hold is not None:
+                    await self._hold(fit)
                 if not fit.fits and not job.spec.partial:
                     self._end(JobState.FAILED, str(fit), "space")
                     return
@@ -102,15 +116,15 @@ class LoadRun:
         """Count what there is, and what of it is here. Raises what looking at the path raises."""
         job, blocks = self._job, self._tools.blocks
         files_total = bytes_total = missing = charged = 0
-        async for page in self._pages(refresh=True):
+        async for page in self._pages(refresh=self._share is None):
             files_total += page.error is not None
             for file in page.files:
-                info = file.wanted.info
-                files_total += 1
-                bytes_total += info.size_bytes
+                size_bytes = file.wanted.byte_range.length
+                files_total += self._counts(file)
+                bytes_total += size_bytes
                 lacking = self._touch(file)
                 missing += lacking
-                charged += blocks.charge_of(info.size_bytes) - lacking
+                charged += blocks.charge_of(size_bytes) - lacking
             job.files_total, job.bytes_total = files_total, bytes_total
         job.is_planned = True
         held = blocks.statistics()
@@ -123,12 +137,12 @@ class LoadRun:
         """Return the bytes that the file lacks on disk; what is here counts as used now, so that it does not make room
         for the rest."""
         blocks, geometry = self._tools.blocks, self._tools.geometry
-        size = file.wanted.info.size_bytes
-        if not size:
+        span = file.wanted.byte_range
+        if not span.length:
             return 0
         digest = file.wanted.object_id.digest()
-        lacking = blocks.missing_charge(digest, size)
-        if lacking < blocks.charge_of(size):
+        lacking = blocks.missing_charge(digest, file.wanted.info.size_bytes, span)
+        if lacking < blocks.charge_of(span.length):
             for _, run in geometry.extents_of(geometry.blocks_of(file.wanted.byte_range)):
                 blocks.touch(digest, run.start)
         return lacking
@@ -157,8 +171,9 @@ class LoadRun:
             clock=tools.clock,
             pace=pace,
             has_room=self._has_room,
+            share=self._shared,
         )
-        async with tools.steering.steer(self._loader, Squeeze(tools.requests_max)):
+        async with tools.steering.steer(self._loader, tools.requests_max):
             return await self._loader.run(pages)
 
     def _conclude(self, is_whole: bool) -> None:
@@ -175,13 +190,18 @@ class LoadRun:
 
     # -- which files -----------------------------------------------------------------------------------------------
 
-    def _pages(self, *, refresh: bool) -> AsyncGenerator[Page, None]:
-        job, tools = self._job, self._tools
-        if job.spec.retry_of:
-            return walk_paths(tools.engine, tools.journal.failed_paths(job.spec.retry_of), refresh=refresh)
-        if job.spec.is_listed:
-            return walk_paths(tools.engine, tools.journal.listed_paths(job.job_id, job.spec.path), refresh=refresh)
-        return walk(tools.engine, job.spec.path, refresh=refresh)
+    async def _pages(self, *, refresh: bool) -> AsyncGenerator[Page, None]:
+        async with aclosing(job_pages(self._job, self._tools, refresh=refresh)) as pages:
+            async for page in pages:
+                if self._share is not None:
+                    page = replace(page, files=tuple(part for file in page.files for part in self._shared(file)))
+                yield page
+
+    def _shared(self, file: TreeFile) -> list[TreeFile]:
+        return [file] if self._share is None else self._share.of(file)
+
+    def _counts(self, file: TreeFile) -> bool:
+        return self._share is None or self._share.counts(file)
 
     async def _missing_pages(self) -> AsyncGenerator[Page, None]:
         """The files that are not wholly here; no failures, those are known by now."""
@@ -201,7 +221,7 @@ class LoadRun:
 
     def _is_missing(self, file: TreeFile) -> bool:
         size, digest = file.wanted.info.size_bytes, file.wanted.object_id.digest()
-        if not size or not self._tools.blocks.missing_charge(digest, size):
+        if not size or not self._tools.blocks.missing_charge(digest, size, file.wanted.byte_range):
             return False
         local = self._tools.blocks.open_object(digest, size)  # the accounts of a crash may be some pages off
         try:
@@ -245,7 +265,7 @@ class LoadRun:
 
     def on_done(self, file: TreeFile) -> None:
         """See LoadObserver."""
-        if self._is_counting:
+        if self._is_counting and self._counts(file):
             self._job.files_done += 1
 
     def on_failed(self, path: str, error: OrchestraError) -> None:
@@ -274,3 +294,12 @@ class LoadRun:
         self._job.message, self._job.reason = message, reason
         log.info("job %s of %s: %s: %s", self._job.job_id, self._job.spec.path, state.value, message)
         self._enter(state)
+
+
+def job_pages(job: Job, tools: LoadTools, *, refresh: bool) -> AsyncGenerator[Page, None]:
+    """Return the files that the job is about, in pages; `refresh` asks the stores what there is now."""
+    if job.spec.retry_of:
+        return walk_paths(tools.engine, tools.journal.failed_paths(job.spec.retry_of), refresh=refresh)
+    if job.spec.is_listed:
+        return walk_paths(tools.engine, tools.journal.listed_paths(job.job_id, job.spec.path), refresh=refresh)
+    return walk(tools.engine, job.spec.path, refresh=refresh)

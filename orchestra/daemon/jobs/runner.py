@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
+from typing import Protocol
 
 from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.daemon.jobs.load import LoadRun, LoadTools
@@ -21,15 +23,34 @@ _RUNNING_MAX = 4
 _SAMPLE_INTERVAL_S = 0.25
 
 
+class Run(Protocol):
+    """One job being carried out; see LoadRun."""
+
+    async def run(self) -> None: ...
+
+    def sample(self) -> None: ...
+
+
+RunMaker = Callable[[Job, Callable[[Job], None]], Run]
+
+
 class JobRunner:
     """The jobs of one node. One event loop."""
 
     def __init__(self, tools: LoadTools) -> None:
-        self._tools = tools
+        self.tools = self._tools = tools
+        self._make_run: RunMaker = lambda job, changed: LoadRun(job, tools, changed)
+        self._id_suffix = ""
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_RUNNING_MAX)
         self._change = asyncio.Event()  # set once, at the next change of any job, and then replaced
+
+    def lead(self, make_run: RunMaker, id_suffix: str) -> None:
+        """Have jobs carried out by what `make_run` makes from now on; the ids of new ones end with `id_suffix`, so that
+        no two nodes of a cluster use one."""
+        self._make_run = make_run
+        self._id_suffix = id_suffix
 
     @property
     def is_busy(self) -> bool:
@@ -57,7 +78,7 @@ class JobRunner:
             for job in self._jobs.values():
                 if not job.state.is_over and job.spec.path == spec.path and not job.spec.is_listed:
                     return job
-        job = Job(self._tools.journal.next_id(), spec, self._tools.clock.wall_s())
+        job = Job(self._tools.journal.next_id() + self._id_suffix, spec, self._tools.clock.wall_s())
         if spec.is_listed:
             self._tools.journal.keep_list(job.job_id, list_file)
         self._jobs[job.job_id] = job
@@ -80,6 +101,10 @@ class JobRunner:
         if job is None:
             raise NotFoundError(f"there is no job {job_id!r} (see: orchestra job ls)")
         return job
+
+    def has(self, job_id: str) -> bool:
+        """Whether that is a job of this node."""
+        return job_id in self._jobs
 
     def all(self) -> list[Job]:
         """Return all jobs, oldest first."""
@@ -124,7 +149,7 @@ class JobRunner:
 
     async def _run(self, job: Job) -> None:
         async with self._slots:
-            run = LoadRun(job, self._tools, self._changed)
+            run = self._make_run(job, self._changed)
             sampling = asyncio.create_task(_sample(run))
             try:
                 await run.run()
@@ -144,7 +169,7 @@ class JobRunner:
         self._change = asyncio.Event()
 
 
-async def _sample(run: LoadRun) -> None:
+async def _sample(run: Run) -> None:
     while True:
         run.sample()
         await asyncio.sleep(_SAMPLE_INTERVAL_S)

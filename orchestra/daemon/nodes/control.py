@@ -14,9 +14,14 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.store import BlockStore
 from orchestra.cluster.records import NodeRecord
+from orchestra.config import MountConfig
 from orchestra.daemon.cluster import ClusterNode
+from orchestra.daemon.jobs.parts import PartRunner
+from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.mounts import MountAdmin
 from orchestra.daemon.nodes.calls import NodeCalls
+from orchestra.daemon.nodes.jobs import SharedJobs, suffix_of
+from orchestra.daemon.nodes.loads import LeadLoads
 from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
@@ -30,6 +35,7 @@ class NodeParts(Protocol):
     geometry: Geometry
     blocks: BlockStore
     mounts: MountAdmin
+    jobs: JobRunner
 
 
 class HasControl(Protocol):
@@ -49,8 +55,18 @@ class NodeControl:
         self.overview = Overview(cluster, self.calls, self.status)
         self.presence = Presence(cluster, self.calls, blocks, geometry)
         endpoints = cluster.config.endpoints
+        self.parts = PartRunner(parts.jobs.tools, parts.layout.tmp, cluster.node_id, self.replicas_of)
+        self.loads = LeadLoads(cluster, self.calls, self.parts, parts.jobs.tools)
+        parts.jobs.lead(self.loads.run, suffix_of(cluster.node_id))
+        self.jobs = SharedJobs(cluster, self.calls, parts.jobs)
         kept = parts.layout.root / "cluster-mounts.json"
         self.mounts = SharedMounts(endpoints, parts.mounts, kept) if endpoints else None
+
+    def replicas_of(self, mount: MountConfig) -> int:
+        """How many owners an extent of that mount has."""
+        replication = mount.replication
+        least = None if replication is None else replication.min
+        return self.cluster.config.replicas if least is None else least
 
     def status(self) -> dict[str, Any]:
         """Return how this node is, as it answers others."""
@@ -74,14 +90,18 @@ class NodeControl:
         """Do what goes on by itself inside the block."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(self.mounts.run())] if self.mounts is not None else []
+                running = [tasks.create_task(self.jobs.run())]
+                if self.mounts is not None:
+                    running.append(tasks.create_task(self.mounts.run()))
                 try:
                     yield
                 finally:
                     for task in running:
                         task.cancel()
         finally:
+            await self.parts.close()
             await self.calls.close()
+            await self.jobs.close()
             if self.mounts is not None:
                 await self.mounts.close()
 
