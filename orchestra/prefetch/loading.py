@@ -30,7 +30,7 @@ from orchestra.values import ByteRange, EntryKind
 # A file that changes this often while it is loaded is reported instead of chased.
 _VERSIONS_MAX = 3
 # Answers timed between two looks at them; more say nothing new.
-_ANSWERS_MAX = 1000
+ANSWERS_MAX = 1000
 
 
 class LoadObserver(Protocol):
@@ -87,7 +87,7 @@ class Loader:
         self._engine = engine
         self._geometry = geometry
         self._observer = observer
-        self._priority = priority
+        self.priority = priority
         self.limit = limit
         self._pace = pace
         self._has_room = has_room
@@ -109,7 +109,7 @@ class Loader:
 
         Cancelling stops it; requests under way end and are kept.
         """
-        URGENCY.set(self._priority)  # of the listings, and of all that is started here
+        URGENCY.set(self.priority)  # of the listings, and of all that is started here
         try:
             async with aclosing(pages), asyncio.TaskGroup() as self._tasks:
                 async for page in pages:
@@ -204,14 +204,14 @@ class Loader:
         size_bytes, begun_ns = wanted.byte_range.length, 0
         if self._engine.holds_some(wanted):
             await asyncio.sleep(0)  # what is here already would keep the loop without a pause
-        else:
+        elif not self._engine.is_coming(wanted):  # else the time says when a reader asked
             begun_ns = self._clock.now_ns()
         self.bytes_in_flight += size_bytes
         try:
-            is_kept = await self._engine.ensure(wanted, self._priority)
+            is_kept = await self._engine.ensure(wanted, self.priority)
         finally:
             self.bytes_in_flight -= size_bytes
-        if begun_ns and len(self._answers) < _ANSWERS_MAX:
+        if begun_ns and len(self._answers) < ANSWERS_MAX:
             self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
         return is_kept
 
