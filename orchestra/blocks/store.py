@@ -1,8 +1,7 @@
 """Writing, verifying and evicting blocks; the daemon's side of the cache directory.
 
 Covers: what is held and under way, room for what comes, what is held after a restart. Does not cover: who may take how
-much (space, accounts), the steps in
-which files are made and removed (files), reading (reader), fetching, which bytes to fetch (engine).
+much (space, accounts), how files are made and removed (files), reading (reader), which bytes to fetch (engine).
 
 All methods are synchronous and touch only the local disk; they are thread-safe: bytes move outside the lock, names and
 accounts change inside it.
@@ -101,18 +100,11 @@ class BlockStore:
 
     def statistics(self) -> BlockStatistics:
         """Return a snapshot."""
+        books, freed_bytes = self._accounts, self.space.freed_bytes
         with self._lock:
+            evicted = (self._evicted, self._evicted_count, self._corrupt, self._expired_count, freed_bytes)
             return BlockStatistics(
-                self._accounts.used_bytes,
-                len(self._accounts),
-                self._written,
-                self._evicted,
-                self._evicted_count,
-                self._corrupt,
-                self._expired_count,
-                self.space.freed_bytes,
-                self._refused_count,
-                self._accounts.pinned_bytes,
+                books.used_bytes, len(books), self._written, *evicted, self._refused_count, books.pinned_bytes
             )
 
     def open_object(self, digest: str, size_bytes: int) -> LocalObject:

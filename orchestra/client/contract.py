@@ -75,8 +75,18 @@ class Handle(Protocol):
 
 
 class MissStream(Protocol):
-    """Ranges of many handles asked for at once, without a waiting thread each. One thread asks, another takes answers;
-    belongs to the process that made it."""
+    """Ranges of many handles asked for at once, without a waiting thread each. One thread asks, one (the same or
+    another) takes answers; belongs to the process that made it."""
+
+    @property
+    def descriptor(self) -> int:
+        """Readable when there are answers, or none any more."""
+        ...
+
+    @property
+    def patience_ns(self) -> int:
+        """How long a stream with something to answer may say nothing before it is to be given up."""
+        ...
 
     def ask(self, *wanted: tuple[int, Handle, int, int]) -> bool:
         """Have ranges (serial, handle, start, stop) made present, in one message; False if it could not be asked
@@ -88,6 +98,10 @@ class MissStream(Protocol):
 
         What is not present, and what was asked and never answered, is for `Handle.readinto`, which says why.
         """
+        ...
+
+    def answers_now(self) -> list[tuple[int, bool]] | None:
+        """As `answers`, without waiting: [] when nothing is here yet, None when there will be no more."""
         ...
 
     def shut_down(self) -> None:
@@ -143,6 +157,10 @@ class Client(Protocol):
 
     def list_cached(self, path: str) -> DirectoryView | None:
         """Return the entries if they are known and fresh, else None."""
+        ...
+
+    def stat_timed(self, path: str) -> tuple[Entry, float] | None:
+        """Return what `stat_cached` does and, after one look instead of two, what `freshness_s` says of the path."""
         ...
 
     def freshness_s(self, path: str) -> float:

@@ -119,6 +119,23 @@ class NodeClient:
         table = self._table()
         return self._entry_cached(table, _located(table, path), path)
 
+    def stat_timed(self, path: str) -> tuple[Entry, float] | None:
+        """See Client."""
+        path = normalize_path(path)
+        table = self._table()
+        location = _located(table, path)
+        if location is None or not location.key or table.names_below(path):
+            return directory_at(path), self.freshness_s(path)
+        mount = location.mount
+        found = self._metadata.lookup_aged(mount.store_id, location.key, mount.freshness_s)
+        if found is None:
+            return None
+        known, age_s = found
+        entry = entry_at(path, _existing(known, path))
+        if entry.is_directory or age_s is None or not 0 < mount.freshness_s < math.inf:
+            return entry, self.freshness_s(path)
+        return entry, _left_s(mount.freshness_s, age_s)
+
     def _entry_cached(
         self, table: MountTable[PublishedMount], location: Location[PublishedMount] | None, path: str
     ) -> Entry | None:
@@ -179,10 +196,7 @@ class NodeClient:
         known = [age for age in ages if age is not None]
         if not known:  # a mount point is there because the table says so
             return mount.freshness_s if not location.key or self._table().names_below(path) else 0.0
-        age_s = max(known)
-        # In steps, so that callers who keep something per value keep little.
-        step_s = mount.freshness_s / _FRESHNESS_STEPS
-        return max(0.0, (mount.freshness_s - age_s) // step_s * step_s)
+        return _left_s(mount.freshness_s, max(known))
 
     def _directory(self, path: str, record: Record) -> NodeDirectory:
         return NodeDirectory(path, record, self._table().names_below(path))
@@ -451,6 +465,13 @@ def _located(table: MountTable[PublishedMount], path: str) -> Location[Published
 
 def _prefix(location: Location[PublishedMount]) -> str:
     return f"{location.key}/" if location.key else ""
+
+
+def _left_s(freshness_s: float, age_s: float) -> float:
+    """How long something of that age may be believed; in steps, so that callers who keep something per value keep
+    little."""
+    step_s = freshness_s / _FRESHNESS_STEPS
+    return max(0.0, (freshness_s - age_s) // step_s * step_s)
 
 
 def _existing(known: Known, path: str) -> RecordEntry:

@@ -3,15 +3,17 @@
 Owns: the client's end of `daemon/api/stream.py`. Leaves to others: everything unusual, which is asked for again by
 `NodeHandle.readinto`; starting a daemon.
 
-One thread asks and another takes the answers; nothing here is inherited by a fork (the face makes it after forking).
+One thread asks and one takes the answers; nothing here is inherited by a fork (the face makes it after forking).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from orchestra.client.contract import Handle
 from orchestra.client.handle import NodeHandle
@@ -57,26 +59,50 @@ class MissStream:
         self.shut_down()
         return False
 
+    @property
+    def descriptor(self) -> int:
+        """See MissStream."""
+        return self._connection.fileno()
+
+    @property
+    def patience_ns(self) -> int:
+        """See MissStream."""
+        return int((self._connection.gettimeout() or 0) * 1e9)
+
     def answers(self) -> list[tuple[int, bool]]:
         """See MissStream."""
-        while True:
-            try:
-                data = self._connection.recv(_RECEIVE_BYTES)
-            except OSError:  # also a timeout
+        answers: list[tuple[int, bool]] | None = []
+        while answers is not None and not answers:
+            answers = self._take(lambda: self._connection.recv(_RECEIVE_BYTES))
+        return answers or []
+
+    def answers_now(self) -> list[tuple[int, bool]] | None:
+        """See MissStream."""
+        # A socket with a timeout does not block by itself; its own `recv` would look first whether there is anything.
+        return self._take(partial(os.read, self._connection.fileno(), _RECEIVE_BYTES))
+
+    def _take(self, receive: Callable[[], bytes]) -> list[tuple[int, bool]] | None:
+        """Return the answers that one receive completes; None at the end, and after a timeout."""
+        try:
+            data = receive()
+        except BlockingIOError:
+            return []
+        except OSError:  # also a timeout
+            return None
+        if data and not self._is_switched:
+            rest = self._switch(data)
+            if rest is None:
+                return None
+            if not rest:
                 return []
-            if not data:
-                return []
-            if not self._is_switched:
-                rest = self._switch(data)
-                if rest is None:
-                    return []
-                data = rest
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            if lines:
-                try:
-                    return [(int(line[:-2]), line.endswith(b" 1")) for line in lines]
-                except ValueError:  # not our daemon
-                    return []
+            data = rest
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        try:
+            return [(int(line[:-2]), line.endswith(b" 1")) for line in lines]
+        except ValueError:  # not our daemon
+            return None
 
     def _switch(self, data: bytes) -> bytes | None:
         """Take the head of the answer; None if it is not the one that was hoped for."""

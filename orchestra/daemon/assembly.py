@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from orchestra.blocks.accounts import Accounts, SpaceLimit
+from orchestra.blocks.disk import RecentUsage
 from orchestra.blocks.eviction import make_policy
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import BlockIndex, IndexUnavailableError
@@ -182,7 +183,9 @@ def _open_blocks(
 ) -> tuple[BlockStore, BlockIndex]:
     index = BlockIndex(layout.index, boot_id=boot_id())
     rows, clean = index.load()
-    limit = SpaceLimit(config.cache.size_bytes, config.cache.free_space_ratio, lambda: os.statvfs(layout.prefix))
+    limit = SpaceLimit(
+        config.cache.size_bytes, config.cache.free_space_ratio, RecentUsage(partial(os.statvfs, layout.prefix), clock)
+    )
     new_policy = partial(make_policy, config.cache.eviction)
     accounts = Accounts(new_policy(), limit, index, make_policy=new_policy, clock=clock)
     accounts.load(rows)

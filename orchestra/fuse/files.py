@@ -96,7 +96,7 @@ class Files:
         self._reply = bytearray(HEAD + READ_BYTES_MAX)
         self._view = memoryview(self._reply)
         self._payload = self._view[HEAD:]
-        self._misses = Misses(client, channel, on_read=self._read_fetched, on_failure=self._read_otherwise)
+        self.misses = Misses(client, channel, on_read=self._read_fetched, on_failure=self._read_otherwise)
 
     # -- OPEN -----------------------------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class Files:
         self._channel.begin_wait(unique)
         size = max(0, min(size, inode.entry.size_bytes - offset))
         waiting = Waiting(unique, file.handle, offset, size, (inode, file))
-        if not self._misses.ask(waiting):
+        if not self.misses.ask(waiting):
             self._read_otherwise(waiting)
 
     def _read_fetched(self, waiting: Waiting) -> None:
@@ -317,6 +317,6 @@ class Files:
 
     def close(self) -> None:
         """Close every handle that nobody reads; the kernel has let go of the backing files with the mount."""
-        self._misses.close()
+        self.misses.close()
         for nodeid in list(self._handles):
             self.drop(nodeid)

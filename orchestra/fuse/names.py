@@ -51,9 +51,12 @@ class Attributes:
 
     def entry_timeout(self, path: str) -> Timeout:
         """How long the kernel may believe that `path` leads where it does, or nowhere."""
+        return self._fixed or self.timeout(self._freshness_s(path))
+
+    def timeout(self, freshness_s: float) -> Timeout:
+        """The same, of what the client may believe for that long."""
         if self._fixed is not None:
             return self._fixed
-        freshness_s = self._freshness_s(path)
         found = self._timeouts.get(freshness_s)
         if found is None:
             found = self._timeouts[freshness_s] = timeout_of(freshness_s)
@@ -110,14 +113,15 @@ class Names:
             self._channel.wait(unique, partial(self._look_up, unique, path, refresh=True))
             return
         try:
-            entry = self._client.stat_cached(path)
+            found = self._client.stat_timed(path)
         except (NotFoundError, NotADirectoryPathError):
             self._channel.send(negative_entry_reply(unique, self._attributes.entry_timeout(path)))
             return
-        if entry is None:
+        if found is None:
             self._channel.wait(unique, partial(self._look_up, unique, path, refresh=False))
             return
-        self._channel.send_or_undo(*self._found(unique, entry))
+        entry, freshness_s = found
+        self._channel.send_or_undo(*self._found(unique, entry, self._attributes.timeout(freshness_s)))
 
     def _look_up(self, unique: int, path: str, *, refresh: bool) -> tuple[Message, Undo | None]:
         try:
@@ -126,14 +130,13 @@ class Names:
             return negative_entry_reply(unique, self._attributes.entry_timeout(path)), None
         finally:
             self._suspects.discard(path)
-        return self._found(unique, entry)
+        return self._found(unique, entry, self._attributes.entry_timeout(entry.path))
 
-    def _found(self, unique: int, entry: Entry) -> tuple[Message, Undo]:
-        attributes = self._attributes
-        message_attr = attributes.attr(entry)
-        timeout = attributes.entry_timeout(entry.path)
+    def _found(self, unique: int, entry: Entry, timeout: Timeout) -> tuple[Message, Undo]:
+        message_attr = self._attributes.attr(entry)
         inode = self._table.remember(entry, unique)
-        message = entry_reply(unique, inode.nodeid, timeout, attributes.attr_timeout(entry), message_attr)
+        attr_timeout = timeout if entry.is_directory else FOREVER
+        message = entry_reply(unique, inode.nodeid, timeout, attr_timeout, message_attr)
         return message, partial(self._table.take_back, inode.nodeid, unique)
 
     def suspect(self, entry: Entry) -> None:

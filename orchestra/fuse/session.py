@@ -116,14 +116,22 @@ class Session:
         incoming = [self._incoming]
         readv, device_fd, unpack = os.readv, self._device_fd, HEADER_IN.unpack_from
         handlers, requests, buffer = self._handlers, self.counters.requests, self._incoming
+        misses = self._files.misses
+        os.set_blocking(device_fd, True)  # one who died may have left it otherwise
         try:
             while True:
+                if misses.waiting and not misses.wait():
+                    continue
                 try:
                     end = readv(device_fd, incoming)
                 except OSError as error:
                     if error.errno in _ENDED:
                         return
-                    if error.errno in (errno.ENOENT, errno.EAGAIN):  # the asker was killed before we read its request
+                    if error.errno == errno.ENOENT:  # the asker was killed before we read its request
+                        continue
+                    if error.errno == errno.EAGAIN:  # another worker took it
+                        if not misses.waiting:
+                            os.set_blocking(device_fd, True)
                         continue
                     raise
                 if end < BODY:  # a device that has closed; /dev/fuse itself answers ENODEV

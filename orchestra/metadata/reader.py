@@ -61,13 +61,22 @@ class MetadataReader:
 
         The listing that holds the key answers if it is fresh, else the key's own record.
         """
+        found = self._answer(store_id, key, freshness_s)
+        return found[0] if found is not None else None
+
+    def lookup_aged(self, store_id: str, key: str, freshness_s: float) -> tuple[Known, float | None] | None:
+        """As `lookup`, with the age in seconds of what it answers from (None: of another boot)."""
+        found = self._answer(store_id, key, freshness_s)
+        return (found[0], self._age_s(found[1])) if found is not None else None
+
+    def _answer(self, store_id: str, key: str, freshness_s: float) -> tuple[Known, Record] | None:
         prefix, name = split_key(key)
         listing = self._fresh(self._listing_file(record_name(store_id, prefix)), freshness_s)
         if listing is not None:
-            return Known(listing.find(name))
+            return Known(listing.find(name)), listing
         attr = self._fresh(self._attr_file(record_name(store_id, key)), freshness_s)
         if attr is not None:
-            return Known(attr.row(0) if attr.count else None)
+            return Known(attr.row(0) if attr.count else None), attr
         return None
 
     def age_s(self, store_id: str, key: str, freshness_s: float) -> float | None:
@@ -84,9 +93,12 @@ class MetadataReader:
         for path in paths:
             record = self._fresh(path, freshness_s)
             if record is not None:
-                age = record.age_ns(boot_id=self._boot_id, now_ns=self._clock.now_ns())
-                return age / 1e9 if age is not None else None
+                return self._age_s(record)
         return None
+
+    def _age_s(self, record: Record) -> float | None:
+        age = record.age_ns(boot_id=self._boot_id, now_ns=self._clock.now_ns())
+        return age / 1e9 if age is not None else None
 
     def listing(self, store_id: str, prefix: str, freshness_s: float) -> Record | None:
         """Return the fresh listing of `prefix`, or None."""

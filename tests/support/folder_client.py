@@ -199,6 +199,10 @@ class FolderClient:
         self._views[path] = (entry.mtime_ns, view)
         return view
 
+    def stat_timed(self, path: str) -> tuple[Entry, float] | None:
+        entry = self.stat_cached(path)
+        return None if entry is None else (entry, self._freshness_s)
+
     def freshness_s(self, path: str) -> float:
         return self._freshness_s
 
