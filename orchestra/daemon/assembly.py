@@ -27,6 +27,7 @@ from orchestra.daemon.lock import OwnerLock
 from orchestra.daemon.mounts import MountAdmin, StoreOpener
 from orchestra.daemon.nodes.control import NodeControl
 from orchestra.daemon.peers import PeerService
+from orchestra.daemon.replicas import Replicas
 from orchestra.daemon.space import SpaceAdmin
 from orchestra.engine.engine import Engine
 from orchestra.engine.mounted import OpenedMount
@@ -174,7 +175,10 @@ def _clustered(
     shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
     engine.sharing = ClusterSharing(shared, geometry, replicas=settings.replicas)
     cluster.shared = shared
-    cluster.service = PeerService(engine, engine.blocks, geometry, engine.writers, cluster.is_first_owner)
+    service = PeerService(engine, engine.blocks, geometry, engine.writers, cluster.is_first_owner)
+    replicas = Replicas(cluster, service)
+    shared.offer = replicas.offer
+    cluster.service, cluster.replicas = service, replicas
     return cluster
 
 

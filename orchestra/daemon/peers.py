@@ -70,17 +70,7 @@ class PeerService:
         blocks = self._blocks_of(part)
         if part.held_only:
             raise PeerError(Cause.NOT_HELD, "not held")
-        mount = self._mount_of(part.object_id.store_id)
-        size = part.size_bytes
-        wanted = Wanted(
-            mount,
-            ObjectInfo(part.object_id.key, size, 0, part.object_id.version),
-            ByteRange(
-                self._geometry.block_range(size, blocks.start).start,
-                self._geometry.block_range(size, blocks.stop - 1).stop,
-            ),
-            is_for_peer=True,
-        )
+        wanted = self._wanted(part, blocks, is_for_peer=True)
         limit_s = None if self._is_first_owner(part.digest, part.extent_index) else ELSEWHERE_S
         try:
             async with asyncio.timeout(limit_s):
@@ -97,6 +87,18 @@ class PeerService:
         if opened is None:
             raise PeerError(Cause.NOT_KEPT, "it cannot be kept here")
         return opened
+
+    async def ensure(self, part: ExtentPart, priority: Priority) -> bool:
+        """Make those blocks present, for this node's own sake; False if there is no room to keep them. Raises
+        PeerError, what the engine raises."""
+        return await self._engine.ensure(self._wanted(part, self._blocks_of(part), is_for_peer=False), priority)
+
+    def _wanted(self, part: ExtentPart, blocks: range, *, is_for_peer: bool) -> Wanted:
+        size = part.size_bytes
+        start = self._geometry.block_range(size, blocks.start).start
+        stop = self._geometry.block_range(size, blocks.stop - 1).stop
+        info = ObjectInfo(part.object_id.key, size, 0, part.object_id.version)
+        return Wanted(self._mount_of(part.object_id.store_id), info, ByteRange(start, stop), is_for_peer=is_for_peer)
 
     def may_hold(self, part: ExtentPart) -> bool:
         """Whether there is a file that may hold that small object. Costs no system call. Raises PeerError for what

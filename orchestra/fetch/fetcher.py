@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
 from orchestra.observe.stalls import StallTable
-from orchestra.stores.contract import Buffer, UnderStore
+from orchestra.stores.contract import Buffer
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
 
@@ -26,6 +26,19 @@ class FetchStatistics:
 
 
 assert PATIENT_URGENCY == Priority.PLAN, "the store's window and the budget keep room for the same readers"
+
+
+class ReadsRanges(Protocol):
+    """What is asked of a store here; see UnderStore."""
+
+    @property
+    def store_id(self) -> str:
+        """Names it in an error."""
+        ...
+
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
+        """See UnderStore."""
+        ...
 
 
 class Fetcher:
@@ -44,7 +57,7 @@ class Fetcher:
         hasten(task, priority)
 
     def part(
-        self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
+        self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
     ) -> _Part:
         """Give exactly the bytes of `byte_range` to an `async with`; they count against the budget until it is left.
 
@@ -54,7 +67,7 @@ class Fetcher:
         return _Part(self, store, info, byte_range, priority, marks)
 
     async def read(
-        self, store: UnderStore, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
+        self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
     ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
         await self._budget.acquire(byte_range.length, priority)

@@ -15,8 +15,8 @@ other in a flight that both joined, the one that was asked gives up first (the d
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from orchestra.cluster.peer_wire import ExtentPart
@@ -32,6 +32,10 @@ log = logging.getLogger(__name__)
 
 # A dead owner of a busy mount is in the way of thousands of reads a second.
 _WARN_EVERY_NS = 10_000_000_000
+# After so many questions in vain a node is asked every so many times only, until it holds something again or the ring
+# changes: in a cold cluster that is 1 question in 16 instead of 1 for every block.
+_VAIN_MAX = 64
+_VAIN_ASKED_EVERY = 16
 
 
 class Placement(Protocol):
@@ -44,6 +48,10 @@ class Placement(Protocol):
 
     def owners(self, digest: str, extent_index: int, replicas: int) -> tuple[str, ...]:
         """The extent's owners, the first one first; empty before there is a ring."""
+        ...
+
+    def holders(self, digest: str, extent_index: int, replicas: int) -> tuple[str, ...]:
+        """Other nodes that may hold the extent: owners now, or before the ring changed."""
         ...
 
 
@@ -65,9 +73,9 @@ class SharedStatistics:
 
     from_peers: int = 0
     from_peers_bytes: int = 0
-    from_store: int = 0  # as an owner
+    from_holders: int = 0  # held by another owner while this one read through
+    from_store: int = 0
     fallbacks: int = 0  # from the store, though others own it
-    by_cause: dict[str, int] = field(default_factory=dict)
 
 
 class SharedFetcher:
@@ -83,6 +91,10 @@ class SharedFetcher:
         self.ufs_fallback = ufs_fallback
         self.statistics = SharedStatistics()
         self._warned_ns = -_WARN_EVERY_NS
+        # How often in a row a node did not hold what it was asked for.
+        self._vain: dict[str, int] = {}
+        # Called with what was read from the store and is here now, and who else is to have it.
+        self.offer: Callable[[ExtentPart, Sequence[str]], None] | None = None
 
     def part(self, part: SharedPart, priority: Priority, marks: list[int]) -> _Bringing:
         """Give exactly the bytes of `part` to an `async with`; see Fetcher.part. With `ufs_fallback = fail` also raises
@@ -100,6 +112,35 @@ class SharedFetcher:
         owners = self.placement.owners(part.wire.digest, part.wire.extent_index, part.replicas)
         own = self.placement.node_id
         return owners[: owners.index(own)] if own in owners else owners
+
+    def ring_changed(self) -> None:
+        """Other nodes may hold what this one owns now: ask them again."""
+        self._vain.clear()
+
+    async def from_holders(self, part: SharedPart) -> Buffer | None:
+        """Return the bytes if another node holds them. Where that was in vain for long, as it is while everything is
+        cold, hardly anybody is asked."""
+        wire = part.wire
+        for node_id in self.placement.holders(wire.digest, wire.extent_index, part.replicas):
+            vain = self._vain.get(node_id, 0)
+            if vain >= _VAIN_MAX and vain % _VAIN_ASKED_EVERY:
+                self._vain[node_id] = vain + 1
+                continue
+            data = await self.peers.read(replace(wire, held_only=True), (node_id,))
+            if data is not None:
+                self._vain[node_id] = 0
+                self.statistics.from_holders += 1
+                return data
+            self._vain[node_id] = vain + 1
+        return None
+
+    def offer_copies(self, part: SharedPart) -> None:
+        """What was read from the store is here now: its other owners are to have it as well."""
+        if self.offer is None:
+            return
+        owners = self.placement.owners(part.wire.digest, part.wire.extent_index, part.replicas)
+        if owners[1:] and owners[0] == self.placement.node_id:
+            self.offer(part.wire, owners[1:])
 
     def check_fallback(self, part: SharedPart, owners: Sequence[str]) -> None:
         """Count a read of the store that owners should have spared. Raises StoreUnavailableError if it is not
@@ -121,10 +162,32 @@ class SharedFetcher:
             )
 
 
+class _HeldFirst:
+    """What the fetcher reads from: other nodes that hold the bytes, then the store. `read` as the contract of stores
+    has it; nothing else is asked of it."""
+
+    __slots__ = ("_part", "_shared", "is_read", "store_id")
+
+    def __init__(self, shared: SharedFetcher, part: SharedPart) -> None:
+        self._shared = shared
+        self._part = part
+        self.store_id = part.store.store_id
+        self.is_read = False  # from the store
+
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
+        """See UnderStore."""
+        data = await self._shared.from_holders(self._part)
+        if data is None:
+            self._shared.statistics.from_store += 1
+            self.is_read = True
+            data = await self._part.store.read(info, byte_range)
+        return data
+
+
 class _Bringing:
     """The bytes of one part for as long as somebody works with them."""
 
-    __slots__ = ("_held_bytes", "_marks", "_part", "_priority", "_shared", "_stored")
+    __slots__ = ("_held_bytes", "_is_from_store", "_marks", "_part", "_priority", "_shared", "_stored")
 
     def __init__(self, shared: SharedFetcher, part: SharedPart, priority: Priority, marks: list[int]) -> None:
         self._shared = shared
@@ -133,6 +196,7 @@ class _Bringing:
         self._marks = marks
         self._held_bytes = 0
         self._stored: Any = None
+        self._is_from_store = False
 
     async def __aenter__(self) -> Buffer:
         shared, part = self._shared, self._part
@@ -142,9 +206,10 @@ class _Bringing:
             if data is not None:
                 return data
             shared.check_fallback(part, owners)
-        shared.statistics.from_store += 1
-        self._stored = shared.fetcher.part(part.store, part.info, part.object_range, self._priority, self._marks)
+        source = _HeldFirst(shared, part)
+        self._stored = shared.fetcher.part(source, part.info, part.object_range, self._priority, self._marks)
         stored: Buffer = await self._stored.__aenter__()
+        self._is_from_store = source.is_read
         return stored
 
     async def _from(self, owners: Sequence[str]) -> Buffer | None:
@@ -174,3 +239,5 @@ class _Bringing:
         self._release()
         if self._stored is not None:
             await self._stored.__aexit__(*error)
+            if self._is_from_store and error[0] is None:
+                self._shared.offer_copies(self._part)

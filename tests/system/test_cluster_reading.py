@@ -11,7 +11,7 @@ from threading import Barrier
 
 import pytest
 
-from tests.support.clusters import Cluster, cluster_of
+from tests.support.clusters import Cluster, cluster_of, wait_until
 from tests.support.counting_store import CountingServer, counting_server
 
 pytestmark = pytest.mark.system
@@ -22,8 +22,10 @@ LARGE_BYTES = 10 * BLOCK + 17
 
 
 @contextmanager
-def cluster_over_a_store(root: Path, count: int, **tables: object) -> Iterator[tuple[Cluster, CountingServer]]:
-    """`count` nodes with one mount, /data, of a web server that counts."""
+def cluster_over_a_store(
+    root: Path, count: int, *, started: int | None = None, **tables: object
+) -> Iterator[tuple[Cluster, CountingServer]]:
+    """`count` nodes with one mount, /data, of a web server that counts; all of them run, or the first `started`."""
     with counting_server() as store:
         draw = random.Random(5)
         for number in range(SMALL):
@@ -33,7 +35,7 @@ def cluster_over_a_store(root: Path, count: int, **tables: object) -> Iterator[t
         cache = {"size": "256MiB", "block_size": "64KiB", "extent_size": "256KiB"}
         mounts = [{"path": "/data", "uri": store.url, "prefetch": "none"}]
         with cluster_of(root, count, mounts=mounts, cache=cache, **tables) as cluster:  # type: ignore[arg-type]
-            cluster.start()
+            cluster.start(started)
             yield cluster, store
 
 
@@ -74,6 +76,33 @@ def test_three_nodes_that_read_everything_at_once_cost_one_get_a_block(tmp_path:
         for index in range(3):
             read_all(cluster, index, store, 100 + index)
         assert store.bytes_sent == size
+
+
+def test_a_dead_nodes_blocks_come_from_its_replica(tmp_path: Path) -> None:
+    """One node reads everything with two replicas; the other owners get their copies by themselves. After kill -9 of
+    one of them a node that read nothing reads everything, and the store is asked for not one byte."""
+    with cluster_over_a_store(tmp_path, 3, cluster={"replicas": 2}) as (cluster, store):
+        read_all(cluster, 0, store, 1)
+        parts = sum(counts["shared"]["from_store"] for counts in cluster.counts())
+        assert store.bytes_sent == sum(map(len, store.files.values()))
+        wait_until(lambda: sum(counts["replicas"]["kept"] for counts in cluster.counts()) == parts)
+        assert store.bytes_sent == sum(map(len, store.files.values()))
+        cluster.kill(2)
+        read_all(cluster, 1, store, 2)
+        assert store.bytes_sent == sum(map(len, store.files.values()))
+        assert cluster.nodes[1].status()["cluster"]["shared"]["from_peers"]
+
+
+def test_a_node_that_joins_gets_what_it_owns_from_who_had_it(tmp_path: Path) -> None:
+    """Two of three nodes have read everything when the third starts: it reads everything, much of it as the owner, and
+    the store is asked for nothing more."""
+    with cluster_over_a_store(tmp_path, 3, started=2) as (cluster, store):
+        read_all(cluster, 0, store, 1)
+        sent = store.bytes_sent
+        cluster.start()
+        read_all(cluster, 2, store, 2)
+        assert store.bytes_sent == sent
+        assert cluster.nodes[2].status()["cluster"]["shared"]["from_holders"]
 
 
 def test_a_node_that_is_killed_in_mid_epoch_costs_no_read(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from aiohttp import web
 
 from orchestra.cluster.records import encode_record
 from orchestra.config_cluster import split_address
+from orchestra.daemon import replicas
 from orchestra.daemon.api import asked
-from orchestra.daemon.api.context import NODE, Activity, answer
+from orchestra.daemon.api.context import NODE, Activity, answer, body_of, typed
 from orchestra.daemon.api.peer import PeerConnection
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.cluster import ClusterNode
@@ -45,6 +46,15 @@ def cluster_of(request: web.Request) -> ClusterNode:
 async def healthz(request: web.Request) -> web.Response:
     """GET -> this node's record. Needs no proof: probes of other nodes come before anything is known of them."""
     return web.Response(body=encode_record(cluster_of(request).own), content_type="application/json")
+
+
+async def keep(request: web.Request) -> web.Response:
+    """POST {parts: [...]} -> {}: this node, an owner of these parts, is to fetch them when there is nothing better to
+    do."""
+    copies = cluster_of(request).replicas
+    if copies is not None:
+        copies.take(typed(await body_of(request), "parts", list))
+    return answer({})
 
 
 def make_peer_app(node: Node, activity: Activity) -> web.Application:
@@ -76,6 +86,7 @@ def make_peer_app(node: Node, activity: Activity) -> web.Application:
     app = web.Application(middlewares=[frame], client_max_size=BODY_LIMIT_BYTES)
     app[NODE] = node
     app.router.add_get("/healthz", healthz)
+    app.router.add_post(replicas.ROUTE, keep)
     asked.add_routes(app)
     return app
 
@@ -111,11 +122,14 @@ async def clustered(node: Node, activity: Activity) -> AsyncIterator[None]:
         ) from error
     try:
         async with asyncio.TaskGroup() as tasks:
-            taking_part = tasks.create_task(cluster.run())
+            taking_part = [tasks.create_task(cluster.run())]
+            if cluster.replicas is not None:
+                taking_part.append(tasks.create_task(cluster.replicas.run()))
             try:
                 yield
             finally:
-                taking_part.cancel()
+                for task in taking_part:
+                    task.cancel()
     finally:
         server.close()
         await runner.cleanup()
