@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# What the tests need from the system: fusermount3 (mounts by other users than root), a web server that is not ours, etcd.
-DEBIAN_PACKAGES := fuse3 nginx etcd-server
+# What the tests need from the system: fusermount3 (mounts by other users than root), a web server that is not ours, etcd,
+# ip (network namespaces for the nodes of a cluster).
+DEBIAN_PACKAGES := fuse3 nginx etcd-server iproute2
 # The Azure store is proved against azurite, which comes from npm: half a minute and 190 MB, once, where there is an npm.
 AZURITE := $(VENV)/azurite/node_modules/.bin/azurite-blob
 AZURITE_VERSION ?= 3.37.0

@@ -57,9 +57,9 @@ class OriginProcess:
 
 
 @contextmanager
-def running_origin(*arguments: str) -> Iterator[OriginProcess]:
-    """Run the origin for as long as the block runs."""
-    command = [sys.executable, str(HERE / "origin.py"), *arguments]
+def running_origin(*arguments: str, prefix: Sequence[str] = ()) -> Iterator[OriginProcess]:
+    """Run the origin for as long as the block runs, where the command `prefix` puts it."""
+    command = [*prefix, sys.executable, str(HERE / "origin.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -424,9 +424,9 @@ class Connection:
         self.sock.close()
 
 
-def listen(port: int) -> socket.socket:
-    """Return a non-blocking listening socket on loopback."""
-    sock = socket.create_server(("127.0.0.1", port), backlog=1024)
+def listen(host: str, port: int) -> socket.socket:
+    """Return a non-blocking listening socket."""
+    sock = socket.create_server((host, port), backlog=1024)
     sock.setblocking(False)
     return sock
 
@@ -446,6 +446,7 @@ def accept_all(origin: Origin, loop: asyncio.AbstractEventLoop, listener: socket
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description="A small, fast S3 origin for benchmarks.")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--dataset", type=parse_dataset, action="append", default=[], metavar="NAME:COUNTxSIZE")
     parser.add_argument("--folder", type=Path)
@@ -463,9 +464,9 @@ def main(argv: Sequence[str] = tuple(sys.argv[1:])) -> None:
     knobs = Knobs(options.latency_ms, options.latency_sigma, options.bandwidth, options.cap, options.rate)
     origin = Origin(Catalogue(options.dataset, options.folder), knobs)
     loop = asyncio.new_event_loop()
-    listener = listen(options.port)
+    listener = listen(options.host, options.port)
     loop.add_reader(listener.fileno(), accept_all, origin, loop, listener)
-    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    print(f"http://{options.host}:{listener.getsockname()[1]}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         loop.run_forever()
 

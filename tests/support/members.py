@@ -8,7 +8,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -72,17 +72,20 @@ def free_port() -> int:
 
 
 class EtcdServer:
-    """A real etcd of one member, its data below `folder`."""
+    """A real etcd of one member, its data below `folder`; elsewhere than on loopback, `prefix` is a command that runs
+    another there (tests/support/cluster_network.py), and who asks whether it is healthy must be there, too."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
         self._folder = folder
+        self._host = host
+        self._prefix = prefix
         self.port = free_port()
         self._peer_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     def start(self) -> None:
         """Start it on its port and data, and return when it is healthy."""
@@ -90,7 +93,7 @@ class EtcdServer:
         with (self._folder / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *("etcd", "--name", "one", "--data-dir", str(self._folder / "data")),
+                    *(*self._prefix, "etcd", "--name", "one", "--data-dir", str(self._folder / "data")),
                     *("--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint),
                     *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                     *("--initial-cluster", f"one={peer}", "--logger", "zap"),
