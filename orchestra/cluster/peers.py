@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from orchestra.clock import Clock
-from orchestra.cluster.peer_client import PeerClient, Prove, no_proof
+from orchestra.cluster.peer_batch import Prove
+from orchestra.cluster.peer_client import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, PeerClient, no_proof
 from orchestra.cluster.peer_wire import BROKEN_CAUSES, Cause, ExtentPart, PeerError
 from orchestra.cluster.proof import ProofSigner
 from orchestra.cluster.records import NodeRecord
@@ -48,17 +49,30 @@ class _Peer:
 class Peers:
     """All other nodes. One event loop."""
 
-    def __init__(self, clock: Clock, signer: ProofSigner | None, *, block_size_bytes: int) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        signer: ProofSigner | None,
+        *,
+        block_size_bytes: int,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
         self._clock = clock
         self._signer = signer
-        self._block_size_bytes = block_size_bytes
+        self._make_client = partial(
+            PeerClient,
+            block_size_bytes=block_size_bytes,
+            connect_timeout_s=connect_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+        )
         self._peers: dict[str, _Peer] = {}
         self._counts: dict[str, PeerCounts] = {}
 
     def connect(self, record: NodeRecord) -> None:
         """Reach that node at its address from now on. Connections to an earlier incarnation are not used any more."""
         self.disconnect(record.node_id)
-        client = PeerClient(record.address, self._prover(record.node_id), block_size_bytes=self._block_size_bytes)
+        client = self._make_client(record.address, self._prover(record.node_id))
         self._peers[record.node_id] = _Peer(record, client, self._counts.setdefault(record.node_id, PeerCounts()))
 
     def disconnect(self, node_id: str) -> None:
