@@ -110,10 +110,11 @@ class FaultCluster(Cluster):
         self.etcd = etcd
         self._store = store
 
-    def start(self) -> None:
-        """Start all beside one another, and return when each has all of them on its ring."""
-        at_once(*(node.start for node in self.nodes))
-        self.wait_for_ring(len(self.nodes))
+    def start(self, count: int | None = None) -> None:
+        """Start all (the first `count`) beside one another; return when each has all of them on its ring."""
+        started = self.nodes[:count]
+        at_once(*(node.start for node in started))
+        self.wait_for_ring(len(started), range(len(started)))
 
     def wait_for_ring(self, count: int, of: Sequence[int] | None = None) -> None:
         """Return when the nodes `of` (None: all) have rings of `count` nodes."""
