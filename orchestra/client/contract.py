@@ -27,6 +27,11 @@ class DirectoryView(Protocol):
 
     def __iter__(self) -> Iterator[Entry]: ...
 
+    def names(self, start: int, stop: int) -> Sequence[tuple[bytes, bool, bytes]]:
+        """Return (name, is a directory, version) of the entries from `start` to `stop` (at most the length), without
+        making entries of them."""
+        ...
+
     def find(self, name: str) -> Entry | None:
         """Return the entry with that name in O(log n), or None."""
         ...

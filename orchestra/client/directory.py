@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestra.metadata.records import Record, RecordEntry
 from orchestra.namespace.paths import join
@@ -88,6 +88,13 @@ class NodeDirectory:
         for index in range(len(self)):
             yield self[index]
 
+    def names(self, start: int, stop: int) -> Sequence[tuple[bytes, bool, bytes]]:
+        """See DirectoryView."""
+        if not self._mounts and self._record is not None:
+            return self._record.names(start, stop)
+        entries = [self[index] for index in range(start, stop)]
+        return [(_encoded(entry.name), entry.kind is EntryKind.DIRECTORY, _encoded(entry.version)) for entry in entries]
+
     def find(self, name: str) -> Entry | None:
         """See DirectoryView."""
         encoded = name.encode("utf-8", "surrogateescape")
@@ -103,3 +110,7 @@ class NodeDirectory:
         if self._record is None:
             return None
         return self._record.index_of(name)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

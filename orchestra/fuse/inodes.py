@@ -339,5 +339,9 @@ def inode_number_of(entry: Entry) -> int:
 
     63 bits: among a million files two are alike with a chance of one in 10 million, and nothing here depends on it.
     """
-    text = f"{entry.path}\0{entry.version}".encode("utf-8", "surrogateescape")
+    return number_of(f"{entry.path}\0{entry.version}".encode("utf-8", "surrogateescape"))
+
+
+def number_of(text: bytes) -> int:
+    """The same of the path, a NUL and the version."""
     return (xxhash.xxh3_64_intdigest(text) >> 1) | 2  # never 0, nor 1 (the root)

@@ -37,6 +37,12 @@ class FolderView:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries)
 
+    def names(self, start: int, stop: int) -> builtins.list[tuple[bytes, bool, bytes]]:
+        return [
+            (os.fsencode(entry.name), entry.is_directory, os.fsencode(entry.version))
+            for entry in self._entries[start:stop]
+        ]
+
     def find(self, name: str) -> Entry | None:
         index = bisect.bisect_left(self._names, name)
         return self._entries[index] if index < len(self._names) and self._names[index] == name else None

@@ -14,7 +14,8 @@ from random import Random
 
 import pytest
 
-from orchestra.fuse.options import Mode
+from orchestra.fuse.directories import NAMES_PER_REPLY_MAX
+from orchestra.fuse.options import PRIMED_ENTRIES_MAX, Mode
 from orchestra.units import GIB, MIB
 from tests.support.fuse_mounts import MakeServer, needs_fuse, read_count, servers
 from tests.support.fuse_server import Server
@@ -255,3 +256,24 @@ def test_a_part_of_the_namespace_can_be_the_root(make: MakeServer, folder: Path)
     server = make(folder, root="/class a")
     assert sorted(os.listdir(server.target)) == sorted(os.listdir(folder / "class a"))
     assert (server.target / "b" / "large").read_bytes() == (folder / "class a" / "b" / "large").read_bytes()
+
+
+def test_a_huge_folder_is_streamed_and_makes_no_inodes(make: MakeServer, tmp_path: Path) -> None:
+    """Names only, some 200 an answer, with the numbers that stat gives; a second listing sends nothing at all."""
+    count = PRIMED_ENTRIES_MAX + 500
+    store = tmp_path / "store"
+    store.mkdir()
+    for index in range(count):
+        os.mknod(store / f"{index:06}")
+    server = make(store)
+    before = server.counters()
+    with os.scandir(server.target) as entries:
+        found = {entry.name: entry.inode() for entry in entries}
+    counters = server.counters()
+    assert sorted(found) == [f"{index:06}" for index in range(count)]
+    assert count // NAMES_PER_REPLY_MAX <= counters["READDIRPLUS"] <= count // 100
+    assert counters["inodes"] == before["inodes"]
+    for name in ("000000", "010000", f"{count - 1:06}"):
+        assert os.stat(server.target / name).st_ino == found[name]
+    assert len(os.listdir(server.target)) == count
+    assert server.counters()["READDIRPLUS"] == counters["READDIRPLUS"]
