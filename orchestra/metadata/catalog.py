@@ -19,7 +19,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from orchestra.errors import CacheDirectoryError, NotFoundError
 from orchestra.metadata.differences import differ, differing_names
 from orchestra.metadata.flights import Flights
 from orchestra.metadata.reader import MetadataReader, record_name, split_key
-from orchestra.metadata.records import Record, RecordBuilder, RecordEntry, publish_record
+from orchestra.metadata.records import Record, RecordBuilder, RecordEntry, publish_record, restamped
 from orchestra.observe.change_log import Change, Scope
 from orchestra.stores.contract import UnderStore
 from orchestra.stores.pages import close_pages
@@ -46,6 +46,8 @@ _AWAITED_LIST_REQUESTS_MAX = 4
 _LEFT_OF_SLOW_LISTINGS = 0.5
 # Sorting and writing takes 3 us a row: a larger listing is written by a thread, and others are answered meanwhile.
 _INLINE_ROWS_MAX = 2000
+_ROW_BYTES = 90  # name, version, size, time
+_INLINE_BYTES_MAX = _INLINE_ROWS_MAX * _ROW_BYTES
 # Prefixes whose HEADs since their listing grew old are counted, and those with hidden keys; forgetting one costs a few
 # HEADs, or makes a number in the status too small.
 _COUNTED_PREFIXES_MAX = 4096
@@ -63,6 +65,21 @@ class Layout(Protocol):
     def attr_file(self, name: str) -> str: ...
 
 
+class Elsewhere(Protocol):
+    """Other nodes of a cluster, each of which lists some prefixes for all."""
+
+    def lists(self, store_id: str, prefix: str) -> bool:
+        """Whether another node is to list `prefix`."""
+        ...
+
+    async def listing(
+        self, store_id: str, prefix: str, freshness_s: float, *, refresh: bool
+    ) -> tuple[bytes, int] | None:
+        """Return a record no older than asked, and when it was fetched by this node's clock; None where the other node
+        cannot give it: then this one lists. `refresh`: fetched after this call."""
+        ...
+
+
 @dataclass(slots=True)
 class MetadataStatistics:
     """Counts since the start."""
@@ -72,6 +89,7 @@ class MetadataStatistics:
     heads_sent: int = 0
     list_runs: int = 0
     list_pages: int = 0
+    lists_from_others: int = 0
 
 
 @dataclass(slots=True)
@@ -110,6 +128,9 @@ class Catalog:
         self._outdated: OrderedDict[tuple[str, str], Record] = OrderedDict()
         self._stats: Flights[RecordEntry | None] = Flights("look-up", clock)
         self._lists: Flights[Record] = Flights("listing", clock)
+        # Apart: who asks for another node must never wait for a question of ours to that node.
+        self._asked_elsewhere: Flights[Record] = Flights("listing by another node", clock)
+        self.elsewhere: Elsewhere | None = None  # set where there is a cluster
         self._heads_since_old: OrderedDict[tuple[str, str], _Heads] = OrderedDict()
         self._hidden: OrderedDict[tuple[str, str], tuple[int, str]] = OrderedDict()
         self._serial = itertools.count()
@@ -136,19 +157,31 @@ class Catalog:
         )
 
     async def list_directory(
-        self, store: UnderStore, prefix: str, freshness_s: float, *, refresh: bool = False
+        self, store: UnderStore, prefix: str, freshness_s: float, *, refresh: bool = False, is_for_peer: bool = False
     ) -> Record:
-        """Return the listing of `prefix`, no older than asked; it is published. An empty one says nothing is there."""
+        """Return the listing of `prefix`, no older than asked; it is published. An empty one says nothing is there.
+
+        `is_for_peer`: another node asks, so this one does not ask others.
+        """
         self.statistics.lists_total += 1
         is_now = refresh or freshness_s <= 0
         if not is_now:
             record = self._reader.listing(store.store_id, prefix, freshness_s)
             if record is not None:
                 return record
-        return await self._lists.ask(
-            (store.store_id, prefix),
-            lambda: self._ask_for_prefix(store, prefix, freshness_s),
-            age_max_s=0.0 if is_now else freshness_s,
+        return await self._listing(store, prefix, freshness_s, is_now=is_now, is_for_peer=is_for_peer)
+
+    def _listing(
+        self, store: UnderStore, prefix: str, freshness_s: float, *, is_now: bool = False, is_for_peer: bool = False
+    ) -> Awaitable[Record]:
+        """Ask for a listing, or join the same question: the node that lists it for all, or the store."""
+        name, age_max_s = (store.store_id, prefix), 0.0 if is_now else freshness_s
+        other = self.elsewhere
+        # A listing that nobody may use twice is asked of the store itself: to go by another node would spare nothing.
+        if other is None or is_for_peer or freshness_s <= 0 or not other.lists(*name):
+            return self._lists.ask(name, lambda: self._ask_for_prefix(store, prefix, freshness_s), age_max_s=age_max_s)
+        return self._asked_elsewhere.ask(
+            name, lambda: self._ask_elsewhere(other, store, prefix, freshness_s, is_now), age_max_s=age_max_s
         )
 
     def forget(self, store_id: str, key: str) -> None:
@@ -174,6 +207,7 @@ class Catalog:
     async def close(self) -> None:
         """Stop questions under way."""
         await self._stats.close()
+        await self._asked_elsewhere.close()
         await self._lists.close()
 
     async def _ask_for_key(
@@ -182,13 +216,9 @@ class Catalog:
         prefix, name = split_key(key)
         old = self._reader.any_listing(store.store_id, prefix)
         if not is_now and self._is_listing_cheaper(store.store_id, prefix, old):
-            listing = (store.store_id, prefix)
             if old is not None and old.requests <= _AWAITED_LIST_REQUESTS_MAX:
-                record = await self._lists.ask(
-                    listing, lambda: self._ask_for_prefix(store, prefix, freshness_s), age_max_s=freshness_s
-                )
-                return record.find(name)
-            self._lists.start(listing, lambda: self._ask_for_prefix(store, prefix, freshness_s))
+                return (await self._listing(store, prefix, freshness_s)).find(name)
+            self._start_listing(store, prefix, freshness_s)
         asked_ns = self._clock.now_ns()
         entry = await self._entry_of(store, key, name)
         heads = self._heads_since_old.get((store.store_id, prefix))
@@ -248,6 +278,30 @@ class Catalog:
         finally:
             await close_pages(pages)
 
+    def _start_listing(self, store: UnderStore, prefix: str, freshness_s: float) -> None:
+        """Have it listed; nobody waits."""
+        name, other = (store.store_id, prefix), self.elsewhere
+        if other is not None and other.lists(*name):
+            self._asked_elsewhere.start(
+                name, lambda: self._ask_elsewhere(other, store, prefix, freshness_s, is_now=False)
+            )
+        else:
+            self._lists.start(name, lambda: self._ask_for_prefix(store, prefix, freshness_s))
+
+    async def _ask_elsewhere(
+        self, other: Elsewhere, store: UnderStore, prefix: str, freshness_s: float, is_now: bool
+    ) -> Record:
+        """Have the node list `prefix` that does it for all; where it cannot, list it here."""
+        # What was found to be wrong came from there, and is there still.
+        refresh = is_now or (store.store_id, prefix) in self._outdated
+        answer = await other.listing(store.store_id, prefix, freshness_s, refresh=refresh)
+        if answer is None:
+            return await self._listing(store, prefix, freshness_s, is_now=is_now, is_for_peer=True)
+        old = self._reader.any_listing(store.store_id, prefix)
+        raw = restamped(answer[0], boot_id=self._boot_id, fetched_ns=answer[1])
+        self.statistics.lists_from_others += 1
+        return await self._keep(store.store_id, prefix, old, lambda path: self._write(path, raw), len(raw))
+
     async def _ask_for_prefix(self, store: UnderStore, prefix: str, freshness_s: float) -> Record:
         builder = RecordBuilder()
         asked_ns = self._clock.now_ns()
@@ -269,19 +323,28 @@ class Catalog:
                     builder.add(RecordEntry(name, EntryKind.DIRECTORY, 0, 0, ""))
                 else:
                     builder.hide(name + b"/")
-        path = self._layout.listing_file(record_name(store.store_id, prefix))
-        fetched_ns = self._counts_from(asked_ns, freshness_s)
-        publish = functools.partial(self._publish, path, builder, requests=max(1, pages), fetched_ns=fetched_ns)
+        requests, fetched_ns = max(1, pages), self._counts_from(asked_ns, freshness_s)
+
+        def publish(path: str) -> bytes:
+            return self._publish(path, builder, requests=requests, fetched_ns=fetched_ns)
+
+        return await self._keep(store.store_id, prefix, old, publish, len(builder) * _ROW_BYTES)
+
+    async def _keep(
+        self, store_id: str, prefix: str, old: Record | None, publish: Callable[[str], bytes], size_bytes: int
+    ) -> Record:
+        """Publish a new listing and tell what it says otherwise than before. Raises CacheDirectoryError."""
+        path = self._layout.listing_file(record_name(store_id, prefix))
         try:
-            raw = await asyncio.to_thread(publish) if len(builder) > _INLINE_ROWS_MAX else publish()
+            raw = await asyncio.to_thread(publish, path) if size_bytes > _INLINE_BYTES_MAX else publish(path)
         except OSError as error:
             raise CacheDirectoryError(
-                f"the listing of {prefix or '/'} of {store.store_id} cannot be kept in the cache directory: "
+                f"the listing of {prefix or '/'} of {store_id} cannot be kept in the cache directory: "
                 f"{error.strerror}; free some space there"
             ) from error
         record = Record(memoryview(raw), (0, 0))
-        self._note_hidden(store.store_id, prefix, record)
-        await self._note_changes(store.store_id, prefix, old, record)
+        self._note_hidden(store_id, prefix, record)
+        await self._note_changes(store_id, prefix, old, record)
         return record
 
     async def _note_changes(self, store_id: str, prefix: str, old: Record | None, new: Record) -> None:
@@ -331,6 +394,10 @@ class Catalog:
             wall_s=self._clock.wall_s(),
             requests=requests,
         )
+        return self._write(path, raw)
+
+    def _write(self, path: str, raw: bytes) -> bytes:
+        """Publish what is packed. Raises OSError."""
         temporary = f"{self._temporary}/record-{os.getpid()}-{next(self._serial)}"
         try:
             publish_record(path, raw, temporary=temporary)

@@ -20,6 +20,7 @@ class CountingServer:
         self.is_failing = False  # answers 503 to every GET of a file
         self.broken: set[str] = set()  # keys of which every GET is answered 500
         self.lists: list[str] = []  # folders whose index was asked for
+        self.list_delay_s = 0.0  # how long each index takes
         self.waiting_count = 0  # GETs that wait for `release`
         self._released = threading.Event()
         self._released.set()
@@ -87,6 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"", {})
             return
         self.store.lists.append(key)
+        threading.Event().wait(self.store.list_delay_s)
         links = "".join(f'<a href="{quote(name)}">{escape(name)}</a><br>' for name in names)
         self._send(200, f"<html><body>{links}</body></html>".encode(), {"Content-Type": "text/html"})
 

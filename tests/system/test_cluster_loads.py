@@ -72,6 +72,7 @@ def test_all_nodes_load_their_own_share_and_each_byte_leaves_the_store_once(
         assert job["bytes_total"] == job["bytes_done"] == DATASET_BYTES
         assert store.bytes_sent == DATASET_BYTES
         assert max(Counter(store.gets).values()) == 1
+        assert Counter(store.lists) == {"": 1, "small/": 1}, "one LIST run per directory, for leader and parts alike"
         shares = [held(node) for node in cluster.nodes]
         assert sum(shares) == DATASET_BYTES
         assert min(shares) > 0

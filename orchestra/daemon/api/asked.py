@@ -8,13 +8,14 @@ from aiohttp import web
 from orchestra.daemon.api import jobs
 from orchestra.daemon.api.context import NODE, answer, body_of
 from orchestra.daemon.api.nodes import control_of
-from orchestra.daemon.nodes import loads, presence
+from orchestra.daemon.nodes import listings, loads, presence
 
 
 def add_routes(app: web.Application) -> None:
     """Add the routes to `app`."""
     app.router.add_get("/v1/node/status", status)
     app.router.add_post(presence.ROUTE, holds)
+    app.router.add_post(listings.ROUTE, listing)
     jobs.add_own_routes(app)
     app.router.add_post(loads.ROUTE + "{action}", part_of_load)
 
@@ -33,3 +34,10 @@ async def holds(request: web.Request) -> web.Response:
 async def part_of_load(request: web.Request) -> web.Response:
     """POST {job, ...} -> what jobs.parts answers: start, status, release, stop, failures of this node's part."""
     return answer(await control_of(request).parts.answer(request.match_info["action"], await body_of(request)))
+
+
+async def listing(request: web.Request) -> web.Response:
+    """POST {store, prefix, freshness_s, refresh, since_ns?} -> the record of that listing, and its age in a header;
+    nothing while it is under way, and then in a header what `since_ns` is to be when it is asked for again."""
+    record, headers = await control_of(request).listings.answer(await body_of(request))
+    return web.Response(body=record, headers=headers)

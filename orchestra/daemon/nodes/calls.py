@@ -45,7 +45,8 @@ class NodeCalls:
     ) -> dict[str, Any]:
         """Return the JSON object that `node` answers. Raises what it answered, DaemonUnavailableError if it does not
         answer in time or not with that."""
-        _, raw = await self.ask_raw(node, method, route, body, timeout_s=timeout_s, bytes_max=ANSWER_BYTES_MAX)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        _, raw = await self.ask_raw(node, method, route, body, timeout=timeout, bytes_max=ANSWER_BYTES_MAX)
         try:
             document = json.loads(raw) if raw else {}
         except ValueError as error:
@@ -61,7 +62,7 @@ class NodeCalls:
         route: str,
         body: dict[str, Any] | None = None,
         *,
-        timeout_s: float,
+        timeout: aiohttp.ClientTimeout,
         bytes_max: int,
     ) -> tuple[dict[str, str], bytes]:
         """Return the headers and at most `bytes_max` bytes that `node` answers. Raises as `ask` does."""
@@ -69,7 +70,6 @@ class NodeCalls:
         signer = self._cluster.signer
         headers = {} if signer is None else signer.headers(method, route, node.node_id, body=data)
         url = URL(f"http://{node.address}{route}", encoded=True)
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._opened().request(
                 method, url, data=data or None, headers=headers, timeout=timeout, allow_redirects=False
@@ -77,7 +77,7 @@ class NodeCalls:
                 raw = await _read(answer, bytes_max)
                 status, got = answer.status, {name.lower(): value for name, value in answer.headers.items()}
         except TimeoutError as error:
-            raise DaemonUnavailableError(f"node {node.node_id} did not answer within {timeout_s:g} s") from error
+            raise DaemonUnavailableError(f"node {node.node_id} did not answer in time") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             why = str(error) or type(error).__name__
             raise DaemonUnavailableError(f"node {node.node_id} does not answer: {why}") from error

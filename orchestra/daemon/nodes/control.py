@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.store import BlockStore
+from orchestra.clock import Clock
 from orchestra.cluster.records import NodeRecord
 from orchestra.config import MountConfig
 from orchestra.daemon.cluster import ClusterNode
@@ -21,11 +22,13 @@ from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.mounts import MountAdmin
 from orchestra.daemon.nodes.calls import NodeCalls
 from orchestra.daemon.nodes.jobs import SharedJobs, suffix_of
+from orchestra.daemon.nodes.listings import PlacedListings
 from orchestra.daemon.nodes.loads import LeadLoads
 from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
 from orchestra.errors import NotFoundError
+from orchestra.metadata.catalog import Catalog
 
 
 class NodeParts(Protocol):
@@ -36,6 +39,8 @@ class NodeParts(Protocol):
     blocks: BlockStore
     mounts: MountAdmin
     jobs: JobRunner
+    catalog: Catalog
+    clock: Clock
 
 
 class HasControl(Protocol):
@@ -59,6 +64,8 @@ class NodeControl:
         self.loads = LeadLoads(cluster, self.calls, self.parts, parts.jobs.tools)
         parts.jobs.lead(self.loads.run, suffix_of(cluster.node_id))
         self.jobs = SharedJobs(cluster, self.calls, parts.jobs)
+        self.listings = PlacedListings(cluster, self.calls, parts.catalog, parts.mounts, parts.clock)
+        parts.catalog.elsewhere = self.listings
         kept = parts.layout.root / "cluster-mounts.json"
         self.mounts = SharedMounts(endpoints, parts.mounts, kept) if endpoints else None
 
