@@ -155,3 +155,20 @@ def test_a_worker_goes_on_where_the_last_one_was(site: Site) -> None:
     following = site.other.changes(place.position)
     assert following is not None
     assert [path for _, path in following.wait() or ()] == ["/data/d/3"]
+
+
+def test_a_folder_of_the_node_is_listed_from_the_kernels_copy(site: Site) -> None:
+    """From the second time on; a new name makes it be read once more."""
+
+    def messages() -> int:
+        assert len(os.listdir(site.data / "d")) == len(site.store.objects)
+        counters = site.session.counters.snapshot()
+        return counters.get("READDIR", 0) + counters.get("READDIRPLUS", 0)
+
+    first = messages()
+    assert [messages() for _ in range(3)] == [first] * 3
+    site.store.put("d/new", b"x")
+    site.other.list("/data/d", refresh=True)
+    changed = messages()
+    assert changed > first
+    assert messages() == changed
