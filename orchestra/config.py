@@ -66,6 +66,7 @@ class DaemonConfig:
 
     autostart: bool = True
     idle_timeout_s: float = 900.0
+    readers: tuple[str, ...] = ()  # other users who may read through it: names, numbers, "@group", "*" for all
     wait_s: float = 30.0  # how long a reader waits for a daemon that is down before EIO
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestra.config import CacheConfig, Config, DaemonConfig, FetchConfig
-from orchestra.config_cluster import CLUSTER_KEYS, check_replications, cluster_config
+from orchestra.config_cluster import CLUSTER_KEYS, check_replications, cluster_config, list_literal
 from orchestra.config_keys import (
     Key,
     checked,
@@ -30,6 +30,7 @@ from orchestra.config_keys import (
     sizes,
     switch,
     switch_literal,
+    users,
     words,
 )
 from orchestra.config_mounts import parse_mounts, refuse_readable_secrets
@@ -59,6 +60,7 @@ _TABLES: Mapping[str, tuple[Key, ...]] = {
         Key("autostart", "autostart", switch, switch_literal),
         Key("idle_timeout", "idle_timeout_s", durations(0.1)),
         Key("wait", "wait_s", durations(0.0)),
+        Key("readers", "readers", users, list_literal),
     ),
     "fetch": (
         Key("requests_max", "requests_max", counts(1, 4096), number_literal),

@@ -7,6 +7,7 @@ which keys there are (config_file, config_mounts) and where a value stood.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from orchestra.units import DURATION_LIMIT_S, format_duration, format_size, pars
 MESSAGE_CHARACTERS_MAX = 600
 # Python itself refuses to read numbers of over 4,300 digits, in words that do not help here.
 NUMBER_CHARACTERS_MAX = 64
+# More people than this are a group.
+USERS_MAX = 256
+_USER = re.compile(r"\*|@?[A-Za-z0-9_][A-Za-z0-9_.$-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,16 @@ def folder(value: object) -> Path:
     if not folder.is_absolute():
         raise ValueError(f"expected an absolute path, got {value!r}")
     return folder
+
+
+def users(value: object) -> tuple[str, ...]:
+    """Check for a list of users of this machine: names, numbers, "@group", or "*" for all."""
+    if not isinstance(value, list) or len(value) > USERS_MAX:
+        raise ValueError(f'expected a list of at most {USERS_MAX} users such as ["alice", "@ml"], got {value!r}')
+    for one in value:
+        if not isinstance(one, str) or _USER.fullmatch(one) is None:
+            raise ValueError(f'expected the name or number of a user, "@group" or "*", got {one!r}')
+    return tuple(value)
 
 
 def switch_literal(text: str) -> object:

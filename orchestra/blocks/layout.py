@@ -102,6 +102,11 @@ class CacheLayout:
         name = xxhash.xxh3_64_hexdigest(os.fsencode(self.root))
         return Path(tempfile.gettempdir()) / f"orchestra-{os.getuid()}" / f"{name}.sock"
 
+    @property
+    def guest_socket(self) -> Path:
+        """The socket for other users: beside the directory, which is closed to them."""
+        return self.root.with_name(f"{self.root.name}.sock")
+
     def small_file(self, digest: str) -> str:
         """Path of a small object's file."""
         return f"{self.prefix}/extents/{digest[:2]}/{digest}"

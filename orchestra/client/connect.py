@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestra.client.guest import GuestClient
 from orchestra.client.node import NodeClient
+from orchestra.client.process import foreign_owner
 from orchestra.config import load_config
 
 
@@ -13,4 +15,7 @@ def connect(config: str | Path | None = None) -> NodeClient:
 
     Nothing is started or sent before the first use. Raises ConfigError.
     """
-    return NodeClient(load_config(config))
+    settings = load_config(config)
+    if foreign_owner(settings.cache.dir) is not None:
+        return GuestClient(settings)
+    return NodeClient(settings)

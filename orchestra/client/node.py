@@ -25,7 +25,7 @@ from orchestra.client.many import read_many
 from orchestra.client.process import start_daemon
 from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
-from orchestra.client.wire import ConnectionLostError, DaemonConnection
+from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config
 from orchestra.errors import (
@@ -35,7 +35,6 @@ from orchestra.errors import (
     IsADirectoryPathError,
     NotADirectoryPathError,
     NotFoundError,
-    OrchestraError,
 )
 from orchestra.metadata.reader import Known, MetadataReader
 from orchestra.metadata.records import Record, RecordEntry
@@ -89,14 +88,16 @@ class NodeClient:
         self._namespace: _Namespace | None = None
         self._namespace_path = str(self._layout.namespace)
         self._checked_ns = -_NAMESPACE_RECHECK_NS
-        self._connection = DaemonConnection(
-            str(self._layout.socket), timeout_s=self.config.fetch.deadline_s + _ANSWER_MARGIN_S
-        )
+        self._connection = DaemonConnection(str(self._layout.socket), timeout_s=self._answer_timeout_s)
         self._metadata = MetadataReader(
             self._layout.listing_file, self._layout.attr_file, clock=self._clock, boot_id=self._boot_id
         )
         self._ring: AccessRing | None = None
         self._ring_lock = threading.Lock()
+
+    @property
+    def _answer_timeout_s(self) -> float:
+        return self.config.fetch.deadline_s + _ANSWER_MARGIN_S
 
     # -- metadata --------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,7 @@ class NodeClient:
         if location is None or not location.key or self._table().names_below(path):
             return directory_at(path)
         answer = self.daemon_request("POST", "/v1/stat", {"path": path, "refresh": refresh})
-        return _entry_from_wire(path, answer)
+        return entry_from_wire(path, answer)
 
     def stat_cached(self, path: str) -> Entry | None:
         """See Client."""
@@ -489,10 +490,3 @@ def _wanted(entry: Entry, digest: str, start: int, stop: int) -> dict[str, Any]:
         "start": start,
         "stop": stop,
     }
-
-
-def _entry_from_wire(path: str, body: dict[str, Any]) -> Entry:
-    try:
-        return Entry(path, EntryKind(body["kind"]), body["size_bytes"], body["mtime_ns"], body["version"])
-    except (KeyError, ValueError) as error:
-        raise OrchestraError(f"the daemon's answer about {path} cannot be understood") from error

@@ -16,7 +16,7 @@ from typing import Any
 from orchestra.blocks.layout import CacheLayout
 from orchestra.client.wire import ConnectionLostError, DaemonConnection
 from orchestra.config import Config
-from orchestra.errors import CacheDirectoryError, DaemonUnavailableError, from_wire
+from orchestra.errors import AccessDeniedError, CacheDirectoryError, DaemonUnavailableError, from_wire
 
 # Opening a cache of millions of extents after a crash takes some seconds; a daemon that needs longer is stuck.
 START_TIMEOUT_S = 60.0
@@ -27,6 +27,28 @@ _STATUS_TIMEOUT_S = 5.0
 # glibc gives buffers of blocks back to the kernel as soon as they are freed, and the next block faults its pages in
 # again: a tenth of the daemon's CPU on cold small files. It may keep 64 MiB instead.
 _ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "16777216"}
+
+
+def foreign_owner(root: Path) -> int | None:
+    """Return the uid of another user whose cache directory `root` is, None if it is ours or not there. Root is at home
+    in every one."""
+    if os.geteuid() == 0:
+        return None
+    try:
+        uid = root.stat().st_uid
+    except OSError:
+        return None
+    return None if uid == os.geteuid() else uid
+
+
+def _refuse_guest(config: Config) -> None:
+    """Raise AccessDeniedError where the daemon is another user's."""
+    uid = foreign_owner(config.cache.dir)
+    if uid is not None:
+        raise AccessDeniedError(
+            f"cache.dir {config.cache.dir} belongs to uid {uid}, who alone may ask, start and stop its daemon; other "
+            "users may read if daemon.readers names them"
+        )
 
 
 def daemon_status(config: Config) -> dict[str, Any] | None:
@@ -42,6 +64,7 @@ def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]
 
     Many processes may call this at one moment: one starts it, the others wait. Raises what kept it from starting.
     """
+    _refuse_guest(config)
     with _one_starter(config):
         for _ in range(_STARTS_MAX):
             status = daemon_status(config)
@@ -73,6 +96,7 @@ def _layout(config: Config) -> CacheLayout:
 
 
 def _ask(config: Config, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    _refuse_guest(config)
     connection = DaemonConnection(str(_layout(config).socket), timeout_s=_STATUS_TIMEOUT_S)
     try:
         return connection.request(method, route, body)

@@ -11,17 +11,22 @@ import contextlib
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 from orchestra.errors import DaemonUnavailableError, OrchestraError, from_wire
+from orchestra.values import Entry, EntryKind
 
 _RECEIVE_BYTES = 64 * 1024
 # An answer is a few hundred bytes; a listing of mounts or jobs some kilobytes. Data has a route of its own.
 _ANSWER_LIMIT_BYTES = 64 * 1024 * 1024
+# The listing of a directory of ten million names.
+_BYTES_LIMIT = 1024 * 1024 * 1024
 _HEADER_LIMIT_BYTES = 16 * 1024
 # Sockets kept between requests; more threads than this at one moment connect anew, which costs 30 us.
 _IDLE_SOCKETS_MAX = 64
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class ConnectionLostError(Exception):
@@ -31,7 +36,9 @@ class ConnectionLostError(Exception):
 class DaemonConnection:
     """Requests to one daemon. Any thread, any process."""
 
-    def __init__(self, socket_path: str, *, timeout_s: float) -> None:
+    def __init__(self, socket_path: str, *, timeout_s: float, owner_uid: int | None = None) -> None:
+        """`owner_uid`: whose daemon it has to be, where the socket lies in a folder that others may write to."""
+        self._owner_uid = owner_uid
         self._socket_path = socket_path
         self._timeout_s = timeout_s
         self._pid = os.getpid()
@@ -63,6 +70,14 @@ class DaemonConnection:
                 raise OrchestraError("the daemon sent more bytes than were asked for")
             else:
                 return answer.read_into(buffer)
+        raise from_wire(json.loads(payload))
+
+    def fetch(self, route: str, body: dict[str, Any]) -> bytes:
+        """Send a request whose answer is bytes, however many; return them."""
+        with self._exchange("POST", route, body) as answer:
+            payload = answer.read_all(_BYTES_LIMIT if answer.status == 200 else _ANSWER_LIMIT_BYTES)
+            if answer.status == 200:
+                return payload
         raise from_wire(json.loads(payload))
 
     def open_socket(self) -> socket.socket:
@@ -132,6 +147,14 @@ class DaemonConnection:
         except OSError as error:
             connection.close()
             raise ConnectionLostError(f"no daemon answers at {self._socket_path}: {error.strerror or error}") from error
+        if self._owner_uid is not None:
+            uid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+            if uid != self._owner_uid:
+                connection.close()
+                raise DaemonUnavailableError(
+                    f"refusing {self._socket_path}: uid {uid} listens there, and not uid {self._owner_uid}, the owner "
+                    "of the cache directory"
+                )
         return connection
 
 
@@ -155,9 +178,9 @@ class _Answer:
         self.is_last = headers.get("connection", "").lower() == "close"
         self._begun = received[end + 4 : end + 4 + self.length]
 
-    def read_all(self) -> bytes:
+    def read_all(self, limit_bytes: int = _ANSWER_LIMIT_BYTES) -> bytes:
         """Return the whole body."""
-        if self.length > _ANSWER_LIMIT_BYTES:
+        if self.length > limit_bytes:
             raise DaemonUnavailableError(f"the daemon's answer of {self.length} bytes is over the limit")
         body = bytearray(self.length)
         self.read_into(memoryview(body))
@@ -192,3 +215,11 @@ def _message(method: str, route: str, body: dict[str, Any] | bytes | None) -> by
         kind = "octet-stream" if is_plain else "json"
         head += f"Content-Type: application/{kind}\r\nContent-Length: {len(payload)}\r\n"
     return head.encode("latin-1") + b"\r\n" + payload
+
+
+def entry_from_wire(path: str, body: dict[str, Any]) -> Entry:
+    """Return the entry that the daemon described."""
+    try:
+        return Entry(path, EntryKind(body["kind"]), body["size_bytes"], body["mtime_ns"], body["version"])
+    except (KeyError, ValueError) as error:
+        raise OrchestraError(f"the daemon's answer about {path} cannot be understood") from error

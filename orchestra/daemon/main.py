@@ -30,6 +30,7 @@ from orchestra.daemon.api.hot import HotConnection
 from orchestra.daemon.api.stream import EnsureStream
 from orchestra.daemon.assembly import Node, assemble, disassemble
 from orchestra.daemon.descriptors import raise_limit, survive_exhaustion
+from orchestra.daemon.guests import answering_guests
 from orchestra.daemon.nodes.control import controlled
 from orchestra.errors import CacheDirectoryError, OrchestraError, to_wire
 from orchestra.observe.access_ring import AccessNote
@@ -99,7 +100,12 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
         loop.add_signal_handler(number, stop.set)
     activity = Activity(node.clock)
     try:
-        async with answering(node, stop, activity), clustered(node, activity), controlled(node):
+        async with (
+            answering(node, stop, activity),
+            answering_guests(node, activity),
+            clustered(node, activity),
+            controlled(node),
+        ):
             log.info(
                 "orchestra %s serves %s (%d mounts)", orchestra.__version__, node.layout.root, len(node.mounts.table)
             )

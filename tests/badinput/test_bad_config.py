@@ -165,6 +165,8 @@ ROWS = [
     BadConfig("8-size", cache('size = "1MiB"'), ("cache.size (1.0 MiB) must hold at least one block",)),
     BadConfig("9-negative", MOUNT + 'freshness = "-5"', ("freshness: expected a duration", "immutable")),
     BadConfig("9-unit", MOUNT + 'freshness = "5 parsecs"', ("unknown unit 'parsecs'", "(use ms, s, m, h, d)")),
+    BadConfig("readers-word", '[daemon]\nreaders = "all"', ("daemon.readers: expected a list of at most 256 users",)),
+    BadConfig("readers-name", '[daemon]\nreaders = ["a b"]', ("daemon.readers: expected the name or number", "'a b'")),
     BadConfig("9-daemon", '[daemon]\nidle_timeout = "0s"', ("daemon.idle_timeout: '0s' is not allowed",)),
     BadConfig("10-large", "#" * 2_000_000, ("{file}: config file too large (over 1.0 MiB)",)),
     BadConfig("10-nested", "a = " + "[" * 100_000, ("{file}: arrays or tables nested too deeply",)),

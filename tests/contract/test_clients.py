@@ -64,6 +64,23 @@ class TestNodeClientVerifyingAlways(NodeSuite):
         handle.close()
 
 
+class TestGuestClient(NodeSuite):
+    """As other users have it: every byte comes by the daemon."""
+
+    @pytest.fixture
+    def node(self, root: Path, store: VersionedStore) -> Iterator[ThreadNode]:
+        with thread_node(root, store, readers=("*",)) as running:
+            yield running
+
+    @pytest.fixture
+    def client(self, node: ThreadNode) -> Client:
+        return node.guest()
+
+    # What these promise is of a node's own disk, or of what is known without asking; a guest has neither.
+    test_readinto_cached_never_waits = None  # type: ignore[assignment]
+    test_cached_calls_send_nothing = None  # type: ignore[assignment]
+
+
 class TestNodeClientWithTinyCache(NodeSuite):
     """Room for four blocks: most of what is read has been evicted by the time it is read again."""
 

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestra.client.guest import GuestClient
 from orchestra.client.node import NodeClient
 from orchestra.client.process import daemon_status, start_daemon, stop_daemon
 from orchestra.clock import Clock
 from orchestra.config import CacheConfig, Config, DaemonConfig, FetchConfig, MountConfig, load_config
 from orchestra.daemon.api.context import Activity
 from orchestra.daemon.assembly import Node, assemble, disassemble
+from orchestra.daemon.guests import answering_guests
 from orchestra.daemon.main import answering
 from orchestra.stores.contract import UnderStore
 from orchestra.units import GIB, KIB
@@ -166,6 +168,12 @@ class ThreadNode:
         self._clients.append(client)
         return client
 
+    def guest(self) -> GuestClient:
+        """A new client as other users have it; `readers` has to name this user."""
+        client = GuestClient(self.config, clock=self._clock)
+        self._clients.append(client)
+        return client
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the node's loop and return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE_S)
@@ -191,7 +199,7 @@ class ThreadNode:
             )
             self.activity = Activity(self.node.clock)
             try:
-                async with answering(self.node, self.stop, self.activity):
+                async with answering(self.node, self.stop, self.activity), answering_guests(self.node, self.activity):
                     self._ready.set()
                     await self.stop.wait()
             finally:
@@ -214,6 +222,7 @@ def thread_node(
     prefetch: str = "none",
     cache: Mapping[str, Any] | None = None,
     fetch: FetchConfig | None = None,
+    readers: tuple[str, ...] = (),
 ) -> Iterator[ThreadNode]:
     """A node with the store mounted at /data, or with each of several at its path. Nothing is read ahead, and blocks
     are 4 KiB, unless the test says so."""
@@ -231,7 +240,7 @@ def thread_node(
     config = Config(
         dataclasses.replace(cache_config, **(cache or {})),
         mounts,
-        DaemonConfig(autostart=False),
+        DaemonConfig(autostart=False, readers=readers),
         fetch or FetchConfig(),
     )
     node = ThreadNode(config, {f"memory://{path}": one for path, one in stores.items()}, clock)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from orchestra.daemon.api import cache, control, data, jobs, nodes, plans, stalls
 from orchestra.daemon.api.context import NODE, Activity, answer, decoded
@@ -45,8 +46,8 @@ def _internal(node: Node, error: Exception) -> OrchestraError:
     return OrchestraError(f"internal error in the daemon ({type(error).__name__}); see {node.layout.log}")
 
 
-def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Application:
-    """Return the application of `node`; `stop` is set by POST /v1/stop."""
+def frame_of(node: Node, activity: Activity) -> Middleware:
+    """Return the outermost frame around a request: errors become answers, and requests are counted."""
 
     @web.middleware
     async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -65,7 +66,12 @@ def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Applica
         finally:
             activity.end()
 
-    app = web.Application(middlewares=[frame], client_max_size=BODY_LIMIT_BYTES)
+    return frame
+
+
+def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Application:
+    """Return the application of `node`; `stop` is set by POST /v1/stop."""
+    app = web.Application(middlewares=[frame_of(node, activity)], client_max_size=BODY_LIMIT_BYTES)
     app[NODE] = node
     control.add_routes(app, stop)
     data.add_routes(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import web
@@ -13,6 +14,7 @@ from orchestra.daemon.assembly import Node
 from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.metadata.records import RecordEntry
+from orchestra.stores.contract import Buffer
 from orchestra.values import ByteRange
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ async def stat(request: web.Request) -> web.Response:
         entry = await engine.stat(typed(body, "path", str), refresh=typed(body, "refresh", bool, False))
     finally:
         engine.stalls.add_metadata(began_ns)
-    return answer(_entry_json(entry))
+    return answer(entry_json(entry))
 
 
 async def list_directory(request: web.Request) -> web.Response:
@@ -77,7 +79,11 @@ async def read(request: web.Request) -> web.StreamResponse:
     body = await body_of(request)
     node = request.app[NODE]
     wanted = _wanted(node, body)
-    pieces = node.engine.read_uncached(wanted)
+    return await send_pieces(request, wanted, node.engine.read_uncached(wanted))
+
+
+async def send_pieces(request: web.Request, wanted: Wanted, pieces: AsyncIterator[Buffer]) -> web.StreamResponse:
+    """Send what `pieces` gives; an error after the first piece breaks the connection off."""
     # The first piece is fetched before the status is sent, so that most errors have one of their own.
     first = await anext(pieces, b"")
     response = web.StreamResponse()
@@ -109,7 +115,8 @@ def _wanted(node: Node, body: dict[str, Any]) -> Wanted:
     )
 
 
-def _entry_json(entry: RecordEntry) -> dict[str, Any]:
+def entry_json(entry: RecordEntry) -> dict[str, Any]:
+    """Return an entry as it is sent."""
     return {
         "kind": int(entry.kind),
         "size_bytes": entry.size_bytes,
