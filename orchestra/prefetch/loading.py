@@ -116,6 +116,9 @@ class Loader:
                     await self._take(page)
                     if self.is_full:
                         break
+                while self._waiting and not self.is_full:  # with a limit of nothing no task is there to wait for
+                    self._is_low.clear()
+                    await self._is_low.wait()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
         finally:

@@ -35,7 +35,7 @@ from orchestra.prefetch.plan import (
     next_rate,
     steps_to_look_at,
 )
-from orchestra.prefetch.squeeze import FACTOR_MIN_OF_PLANS, LIMIT_AT_FIRST_OF_PLANS, Squeeze
+from orchestra.prefetch.squeeze import squeeze_of_plans
 from orchestra.prefetch.steering import TICK_S, Steering
 from orchestra.values import ByteRange, EntryKind
 
@@ -116,7 +116,7 @@ class PlanRunner:
         self._capacity_bytes = capacity_bytes
         self._steering = steering
         self._steering_task: asyncio.Task[None] | None = None
-        self._squeeze = Squeeze(requests_max, LIMIT_AT_FIRST_OF_PLANS, FACTOR_MIN_OF_PLANS)
+        self._squeeze = squeeze_of_plans(requests_max)
         self._limit = self._squeeze.limit
         self._answers: list[tuple[int, int]] = []
         self.bytes_in_flight = 0

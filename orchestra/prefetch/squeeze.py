@@ -2,56 +2,70 @@
 
 While no reader misses anything: all that is allowed. While readers do, as much as fills the store's link and hardly
 more, since a reader's request waits behind whatever is queued there: on a link of 50 MB/s, 16 MB in flight make each
-read of 500 kB last 330 ms instead of 60. What fills a link is its rate times the latency of an answer that did not
-queue (Little's law, as TCP BBR has it): both are measured, once per tick, and what readers have in flight counts too.
-A latency without a queue can only be seen without one: a load begins small, and now and then takes next to nothing for
-two ticks.
+read of 500 kB last 330 ms instead of 60. How much queues follows from how long answers take (as TCP Vegas has it): of n
+requests in flight, n (1 - b/t) queue when an answer takes t, and b without a queue. More is asked for while less than
+a piece queues, less when more than that does; b is the shortest mean that was seen, and asking for less is how it is
+found. Rates would say it too, but a busy machine counts a third more or less in one tick than in the next.
 
-Latency differs from request to request, and then that product is too small. So the factor above it is not fixed: when
-the rate falls below nine tenths of the best of late, it grows; else it goes down again.
+Latency differs from request to request, so what is taken for a queue must be more than chance. And readers may fill a
+link by themselves: then a load pauses, and looks again after a while.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-# Something always goes on, or nothing would be measured.
-LIMIT_MIN = 1
+# Doubled each tick as long as nothing queues: a wide link is taken within a second.
 LIMIT_AT_FIRST = 2
 # ... of a plan: a batch. Its first batch is all that its reader waits for, in any order; on a link of 50 MB/s that is
 # 160 ms of 500 kB files.
-LIMIT_AT_FIRST_OF_PLANS = 16
-# In flight over what fills the link. A load takes what readers leave of it and no more: with four readers on a link
-# that six requests fill, two of a load's cost them nothing, and three make each a sixth slower. A plan reads what its
-# readers would; a quarter more hides the time between an answer and the next request.
-_FACTOR_MIN = 1.0
-FACTOR_MIN_OF_PLANS = 1.25
-_FACTOR_MAX = 8.0
-_FACTOR_UP = 1.5
-_FACTOR_DOWN = 0.95
-# What the rate may be below the best of late.
-_LOSS_MAX = 0.1
-# What twice as much in flight must bring at the beginning, to be doubled once more.
-_GAIN_MIN = 0.25
-# In flight over what fills the link, above which it is not doubled: most of it only queues.
-_QUEUE_MAX = 1.75
-# The best rate fades by this a tick: a store that has become slower is believed after some seconds.
-_FADING = 0.98
-# Ticks between two looks at the latency, a minute; each costs a wide link two ticks' worth, half a percent. In the
-# first of them what was in flight before arrives, the second counts. A path that has become longer meanwhile costs no
-# rate, as the factor grows; one that has become shorter has a queue for a minute.
-_LOOK_EVERY_TICKS = 400
-_LOOK_TICKS = 2
+_LIMIT_AT_FIRST_OF_PLANS = 16
+# While it is doubled, this part of what is in flight may queue, and a piece in any case.
+_RISING_RATIO = 0.1
+# Afterwards it grows by a tenth and shrinks by a seventh a tick.
+_GROWTH = 1.1
+_DECLINE = 0.85
+# Answers in the running mean: with latencies as uneven as S3's (sigma 0.6) it is within 13 %.
+_ANSWERS_IN_MEAN = 24
+# Deviations of the mean that are taken for chance.
+_CHANCE_DEVIATIONS = 2.5
+# Ticks that a load pauses when readers fill the link, six tenths of a second; then one piece looks again.
+_PAUSE_TICKS = 4
+# A queue is half as long with half as much in flight. An answer that takes as long as before did not queue: the path
+# has become longer.
+_SAME = 0.9
+# With next to nothing in flight that cannot be tried: then each look that finds a queue believes a little less in it.
+_DOUBT = 1.02
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How much may queue: in pieces, or as parts of what is in flight if that is more."""
+
+    few: float
+    many: float
+    few_ratio: float
+    many_ratio: float
+    may_pause: bool
+
+
+# With four readers on a link that six requests fill, two of a load's cost them nothing, and three make each a sixth
+# slower: hardly half a piece may queue.
+OF_LOADS = Manner(0.25, 0.6, 0.03, 0.08, may_pause=True)
+# A plan reads what its readers would. Two pieces that wait hide the time between an answer and the next request.
+OF_PLANS = Manner(1.5, 3.0, 0.15, 0.30, may_pause=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What was measured since the last tick."""
+    """What was measured since the last tick: the answers to its requests, and what is in flight now."""
 
-    rate_bytes_per_s: float  # of all that was fetched
-    latency_s: float  # the quickest answers': their lowest decile; 0 if none came
-    piece_bytes: float  # of the load's answers, on average; 0 if none came
-    readers_in_flight_bytes: int
+    answers: int
+    latency_s: float  # their mean
+    deviation_s: float
+    in_flight: int  # pieces
+    readers_in_flight: float  # in pieces of that size
     readers_wait: bool
 
 
@@ -60,54 +74,73 @@ class Squeeze:
     """The limit of one loader, in pieces. `limit_max` is what its store takes at most."""
 
     limit_max: int
+    manner: Manner = OF_LOADS
     limit: int = LIMIT_AT_FIRST
-    factor_min: float = _FACTOR_MIN
-    factor: float = 0.0
-    _is_warm: bool = False  # answers have come for longer than a tick
-    _is_rising: bool = True
-    _best_rate: float = 0.0
     _latency_s: float = 0.0
-    _ticks_left: int = _LOOK_EVERY_TICKS
+    _variance: float = 0.0
+    _unqueued_s: float = 0.0
+    _is_rising: bool = True
+    _is_warm: bool = False
+    _pause: int = 0
+    _declining_from: tuple[float, float] | None = None  # what was in flight, and how long an answer took
 
     def __post_init__(self) -> None:
         self.limit = min(self.limit, self.limit_max)
-        self.factor = self.factor_min
 
     def tick(self, seen: Tick) -> int:
         """Note what was seen; return the new limit."""
-        self._ticks_left -= 1
-        if seen.latency_s and (not self._latency_s or seen.latency_s < self._latency_s or not self._ticks_left):
-            self._latency_s = seen.latency_s
-        if self._ticks_left <= 0:
-            self._ticks_left = _LOOK_EVERY_TICKS
         if not seen.readers_wait:
-            self.limit, self._is_rising = self.limit_max, False
-        elif self._ticks_left <= _LOOK_TICKS:
-            self.limit = min(LIMIT_MIN, self.limit_max)
-        elif not self._is_warm:
-            self._is_warm = bool(seen.piece_bytes)
-            return self.limit  # for part of the tick the first answers were still on their way
-        elif self._is_rising and self._may_double(seen):
-            self.limit = min(self.limit_max, self.limit * 2)
-        elif seen.piece_bytes:
-            self._is_rising = False
-            self._follow(seen)
-        # Without an answer there was nothing to fetch, and what the link gives is as unknown as before.
-        self._best_rate = max(seen.rate_bytes_per_s, self._best_rate * (_FADING if seen.piece_bytes else 1.0))
+            self.limit, self._is_rising, self._pause = self.limit_max, False, 0
+        elif self._pause:
+            self._pause -= 1
+            if not self._pause:
+                self.limit, self._latency_s = 1, 0.0
+        elif seen.answers:  # else there was nothing to ask for, or the store does not answer
+            self._note(seen)
+            if self._is_warm:
+                self._adapt(seen)
+            self._is_warm = True  # the first answers say how long one takes, and not yet what more in flight does
         return self.limit
 
-    def _may_double(self, seen: Tick) -> bool:
-        in_flight_bytes = self.limit * seen.piece_bytes + seen.readers_in_flight_bytes
-        filling_bytes = seen.rate_bytes_per_s * self._latency_s
-        has_gained = seen.rate_bytes_per_s > self._best_rate * (1 + _GAIN_MIN)
-        return has_gained and in_flight_bytes <= filling_bytes * _QUEUE_MAX
+    def _note(self, seen: Tick) -> None:
+        weight = min(1.0, seen.answers / _ANSWERS_IN_MEAN) if self._latency_s else 1.0
+        weight = max(weight, 0.7) if self._is_rising else weight
+        self._latency_s += weight * (seen.latency_s - self._latency_s)
+        self._variance += weight * (seen.deviation_s**2 - self._variance)
+        self._unqueued_s = min(self._latency_s, self._unqueued_s or self._latency_s)
 
-    def _follow(self, seen: Tick) -> None:
-        has_looked = self._ticks_left == _LOOK_EVERY_TICKS  # what that cost says nothing
-        has_lost = seen.rate_bytes_per_s < self._best_rate * (1 - _LOSS_MAX) and not has_looked
-        factor = self.factor * (_FACTOR_UP if has_lost else _FACTOR_DOWN)
-        self.factor = min(_FACTOR_MAX, max(self.factor_min, factor))
-        self._best_rate = max(seen.rate_bytes_per_s, self._best_rate)
-        filling_bytes = self._best_rate * self._latency_s * self.factor
-        limit = round((filling_bytes - seen.readers_in_flight_bytes) / seen.piece_bytes)
-        self.limit = min(self.limit_max, max(min(LIMIT_MIN, self.limit_max), limit))
+    def _adapt(self, seen: Tick) -> None:
+        count = self.limit + seen.readers_in_flight
+        queued = count * (1 - self._unqueued_s / self._latency_s)
+        in_mean = seen.answers if self._is_rising else max(_ANSWERS_IN_MEAN, seen.answers)
+        deviation = math.sqrt(self._variance / in_mean) / self._latency_s
+        chance = _CHANCE_DEVIATIONS * deviation
+        manner = self.manner
+        if self._is_rising and queued <= max(1.0, (_RISING_RATIO + chance) * count):
+            if seen.in_flight >= self.limit / 2:  # else there is not that much to ask for
+                self.limit = min(self.limit_max, self.limit * 2)
+            return
+        self._is_rising = False
+        if queued > max(manner.many, (manner.many_ratio + chance) * count):
+            self._decline(count, seen.latency_s)
+        elif queued < max(manner.few, (manner.few_ratio + chance) * count) and seen.in_flight >= 0.75 * self.limit:
+            self.limit = min(self.limit_max, max(self.limit + 1, int(self.limit * _GROWTH)))
+            self._declining_from = None
+
+    def _decline(self, count: float, latency_s: float) -> None:
+        before_count, before_s = self._declining_from or (count, 0.0)
+        before_s = max(before_s, latency_s)  # what was in flight at first may arrive some ticks later
+        self._declining_from = before_count, before_s
+        if count <= before_count / 2 and min(latency_s, self._latency_s) > before_s * _SAME:
+            self._unqueued_s, self._declining_from = self._latency_s, None
+        elif self.limit > 1:
+            self.limit = max(1, min(self.limit - 1, int(self.limit * _DECLINE)))
+        else:
+            self._unqueued_s *= _DOUBT
+            if self.manner.may_pause:
+                self.limit, self._pause = 0, _PAUSE_TICKS
+
+
+def squeeze_of_plans(limit_max: int) -> Squeeze:
+    """Return the limit of what plans fetch."""
+    return Squeeze(limit_max, OF_PLANS, _LIMIT_AT_FIRST_OF_PLANS)

@@ -1,5 +1,5 @@
-"""Keeps what is fetched ahead small while somebody waits: counts readers' misses, measures the rate of all fetching,
-sets the limits of loads and plans.
+"""Keeps what is fetched ahead small while somebody waits: counts readers' misses, measures how long answers take, sets
+the limits of loads and plans.
 
 A load gives way to readers that miss and to plans that fetch. A plan is kept small always: what it asks for is needed
 in its order, and on a link with a queue of a second the next file comes when the link pleases.
@@ -10,6 +10,7 @@ Owns: when that is looked at. Leaves to others: what follows from it (squeeze), 
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
@@ -17,10 +18,9 @@ from typing import Protocol
 from orchestra.clock import Clock
 from orchestra.engine.engine import Access, Engine
 from orchestra.fetch.budget import ByteBudget, Priority
-from orchestra.fetch.fetcher import FetchStatistics
 from orchestra.prefetch.squeeze import Squeeze, Tick
 
-# Three round trips at 50 ms: enough answers for a rate, and a load on a wide link has all of it after five of these.
+# Three round trips at 50 ms, and a load on a wide link has all of it after seven of these.
 TICK_S = 0.15
 # How long after a miss readers count as waiting: an epoch whose batches take a second each still does.
 _WAITING_NS = 1_000_000_000
@@ -51,8 +51,7 @@ class Steered(Protocol):
 class Steering:
     """One per node. One event loop."""
 
-    def __init__(self, engine: Engine, fetched: FetchStatistics, budget: ByteBudget, clock: Clock) -> None:
-        self._fetched = fetched
+    def __init__(self, engine: Engine, budget: ByteBudget, clock: Clock) -> None:
         self._budget = budget
         self._clock = clock
         self._last_miss_ns = clock.now_ns() - 2 * _WAITING_NS
@@ -83,20 +82,21 @@ class Steering:
         return any(one.priority < steered.priority and one.bytes_in_flight for one in self._steered)
 
     async def _steer(self, steered: Steered, squeeze: Squeeze) -> None:
-        before_ns, before_bytes = self._clock.now_ns(), self._fetched.bytes_fetched
+        piece_bytes = 1.0
         while True:
             await asyncio.sleep(TICK_S)
-            now_ns, fetched = self._clock.now_ns(), self._fetched.bytes_fetched
-            rate = (fetched - before_bytes) * 1e9 / max(1, now_ns - before_ns)
-            before_ns, before_bytes = now_ns, fetched
             answers = steered.take_answers()
+            if answers:
+                piece_bytes = max(1.0, statistics.fmean(size for _, size in answers))
+            latencies_s = [latency_ns / 1e9 for latency_ns, _ in answers]
             steered.set_limit(
                 squeeze.tick(
                     Tick(
-                        rate_bytes_per_s=rate,
-                        latency_s=_quick_ns(answers) / 1e9,
-                        piece_bytes=sum(size for _, size in answers) / len(answers) if answers else 0.0,
-                        readers_in_flight_bytes=self._in_flight_before(steered),
+                        answers=len(answers),
+                        latency_s=statistics.fmean(latencies_s) if answers else 0.0,
+                        deviation_s=statistics.pstdev(latencies_s) if answers else 0.0,
+                        in_flight=round(steered.bytes_in_flight / piece_bytes),
+                        readers_in_flight=self._in_flight_before(steered) / piece_bytes,
                         readers_wait=self._waits_for(steered),
                     )
                 )
@@ -106,8 +106,3 @@ class Steering:
         """Bytes on their way that are more urgent than those of `steered`."""
         others = sum(one.bytes_in_flight for one in self._steered if one.priority >= steered.priority)
         return max(0, self._budget.used_bytes - others)
-
-
-def _quick_ns(answers: list[tuple[int, int]]) -> int:
-    """The lowest decile: of the first answers of all, which queue behind one another, the first one."""
-    return sorted(answers)[len(answers) // 10][0] if answers else 0
