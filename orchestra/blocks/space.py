@@ -87,6 +87,11 @@ class BlockSpace:
         with self._lock:
             return self._accounts.used_by_store()
 
+    def origins(self) -> list[tuple[str, Origin | None]]:
+        """Return every extent held, and whose it is as far as that is known."""
+        with self._lock:
+            return self._accounts.origins()
+
     def unknown_digests(self) -> set[str]:
         """Return the digests of objects of which a crash lost whose they are."""
         with self._lock:

@@ -152,6 +152,10 @@ class ClusterNode:
         """Own nothing new from now on; peers may go on reading."""
         self.member.drain()
 
+    def undrain(self) -> None:
+        """Own a share again."""
+        self.member.undrain()
+
     def _remember(self, ring: Ring) -> None:
         """Note who owned what before `ring`."""
         others = ring_of(ring.revision, (node for node in ring.nodes if node.node_id != self.node_id))

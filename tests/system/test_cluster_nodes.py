@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestra.cli.main import main
-from tests.support.clusters import Cluster, cluster_of
+from tests.support.clusters import Cluster, cluster_of, wait_until
+from tests.support.counting_store import CountingServer, counting_server
 from tests.support.node import DaemonNode, folder_daemon_node
 
 pytestmark = pytest.mark.system
@@ -83,3 +84,53 @@ def _nodes(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> list[dict[st
     nodes = json.loads(capsys.readouterr().out)["nodes"]
     assert isinstance(nodes, list)
     return nodes
+
+
+def test_a_drained_node_hands_over_what_it_holds_and_the_store_is_not_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Drained from another node, it is off the ring, its data is at the new owners; after it stopped every byte
+    is read and none leaves the store. It stays drained over a restart until it is told otherwise."""
+    with counting_server() as store:
+        store.files = {f"f{number}": bytes([number]) * 5000 for number in range(40)} | {"large": b"L" * 1_000_000}
+        cache = {"size": "64MiB", "block_size": "64KiB", "extent_size": "256KiB"}
+        mounts = [{"path": "/data", "uri": store.url, "prefetch": "none"}]
+        with cluster_of(tmp_path, 3, mounts=mounts, cache=cache) as cluster:
+            cluster.start()
+            assert orchestra(cluster.nodes[0], "load", "--wait", "/data") == 0
+            sent = store.bytes_sent
+            name = str(rows(cluster.nodes[0], capsys)[1]["node_id"])
+            assert orchestra(cluster.nodes[0], "node", "drain", name, "--wait") == 0
+            assert capsys.readouterr().out.startswith(f"node {name}: drained; ")
+            wait_until(lambda: rows(cluster.nodes[2], capsys)[1]["state"] == "drained")
+            assert [row["share"] for row in rows(cluster.nodes[2], capsys)] == [0.5, 0.0, 0.5]
+            assert read_all(cluster.nodes[1], store) == len(store.files)
+            assert store.bytes_sent == sent
+            cluster.nodes[1].stop()
+            for index in (0, 2):
+                assert read_all(cluster.nodes[index], store) == len(store.files)
+            assert store.bytes_sent == sent
+            cluster.nodes[1].start()
+            wait_until(lambda: rows(cluster.nodes[0], capsys)[1]["state"] == "drained")
+            assert orchestra(cluster.nodes[1], "node", "undrain") == 0
+            wait_until(lambda: [row["state"] for row in rows(cluster.nodes[0], capsys)] == ["up"] * 3)
+            assert [row["share"] for row in rows(cluster.nodes[2], capsys)] == [pytest.approx(1 / 3)] * 3
+
+
+def test_draining_says_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A node that is not there, and a machine that stands alone, are one line each and status 1."""
+    with cluster_of(tmp_path, 1, mounts=[]) as cluster:
+        cluster.start()
+        assert orchestra(cluster.nodes[0], "node", "drain", "10.0.0.9:1") == 1
+        assert "there is no node '10.0.0.9:1' in the cluster now" in capsys.readouterr().err
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    with folder_daemon_node(alone) as (node, _):
+        assert orchestra(node, "node", "drain") == 1
+        assert "has no table [cluster]" in capsys.readouterr().err
+
+
+def read_all(node: DaemonNode, store: CountingServer) -> int:
+    """Read every file at that node and compare it; return how many there were."""
+    client = node.client()
+    return sum(client.read_file(f"/data/{name}") == data for name, data in store.files.items())

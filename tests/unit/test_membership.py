@@ -315,8 +315,8 @@ def test_another_node_at_an_address_takes_the_place_of_the_first() -> None:
     ("cluster", "kind"),
     [
         (ClusterConfig("127.0.0.1:1", nodes=("127.0.0.1:1",)), ProbingDriver),
-        (ClusterConfig("127.0.0.1:1", "dns", name="localhost"), ProbingDriver),
-        (ClusterConfig("127.0.0.1:1", "etcd", endpoints=("http://127.0.0.1:2379",)), EtcdDriver),
+        (ClusterConfig("127.0.0.1:1", membership="dns", name="localhost"), ProbingDriver),
+        (ClusterConfig("127.0.0.1:1", membership="etcd", endpoints=("http://127.0.0.1:2379",)), EtcdDriver),
     ],
     ids=["static", "dns", "etcd"],
 )

@@ -6,9 +6,10 @@ from __future__ import annotations
 from aiohttp import web
 
 from orchestra.daemon.api import jobs
-from orchestra.daemon.api.context import NODE, answer, body_of
+from orchestra.daemon.api.context import NODE, answer, body_of, typed
 from orchestra.daemon.api.nodes import control_of
-from orchestra.daemon.nodes import listings, loads, presence
+from orchestra.daemon.nodes import handover, listings, loads, presence
+from orchestra.daemon.nodes.control import DRAIN_ROUTE
 
 
 def add_routes(app: web.Application) -> None:
@@ -16,6 +17,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get("/v1/node/status", status)
     app.router.add_post(presence.ROUTE, holds)
     app.router.add_post(listings.ROUTE, listing)
+    app.router.add_post(handover.ROUTE, take)
+    app.router.add_post(DRAIN_ROUTE, drain)
     jobs.add_own_routes(app)
     app.router.add_post(loads.ROUTE + "{action}", part_of_load)
 
@@ -41,3 +44,14 @@ async def listing(request: web.Request) -> web.Response:
     nothing while it is under way, and then in a header what `since_ns` is to be when it is asked for again."""
     record, headers = await control_of(request).listings.answer(await body_of(request))
     return web.Response(body=record, headers=headers)
+
+
+async def take(request: web.Request) -> web.Response:
+    """POST {from, extents} -> {taken: [...]}: extents of a node that is drained, which this one now has of it."""
+    return answer(await control_of(request).handover.answer(await body_of(request)))
+
+
+async def drain(request: web.Request) -> web.Response:
+    """POST {undo?} -> {node_id, handover}: this node is drained, or is so no more."""
+    undo = typed(await body_of(request), "undo", bool, False)
+    return answer(await control_of(request).drain("", undo=undo))

@@ -16,6 +16,7 @@ from orchestra.values import ByteRange, EntryKind
 def add_routes(app: web.Application) -> None:
     """Add the routes to `app`."""
     app.router.add_get("/v1/nodes", list_nodes)
+    app.router.add_post("/v1/nodes/drain", drain)
     app.router.add_post("/v1/nodes/where", where)
 
 
@@ -26,6 +27,13 @@ async def list_nodes(request: web.Request) -> web.Response:
     if node.nodes is None:
         return answer(one_machine(node.config.cache.size_bytes, node.blocks.statistics().used_bytes))
     return answer(await node.nodes.overview.describe())
+
+
+async def drain(request: web.Request) -> web.Response:
+    """POST {node?, undo?} -> {node_id, handover}: that node (this one) is drained, or with `undo` is so no more."""
+    body = await body_of(request)
+    name, undo = typed(body, "node", str, ""), typed(body, "undo", bool, False)
+    return answer(await control_of(request).drain(name, undo=undo))
 
 
 async def where(request: web.Request) -> web.Response:

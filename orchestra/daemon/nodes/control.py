@@ -21,14 +21,18 @@ from orchestra.daemon.jobs.parts import PartRunner
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.mounts import MountAdmin
 from orchestra.daemon.nodes.calls import NodeCalls
+from orchestra.daemon.nodes.handover import Handover
 from orchestra.daemon.nodes.jobs import SharedJobs, suffix_of
 from orchestra.daemon.nodes.listings import PlacedListings
 from orchestra.daemon.nodes.loads import LeadLoads
 from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
+from orchestra.engine.engine import Engine
 from orchestra.errors import NotFoundError
 from orchestra.metadata.catalog import Catalog
+
+DRAIN_ROUTE = "/v1/node/drain"
 
 
 class NodeParts(Protocol):
@@ -40,6 +44,7 @@ class NodeParts(Protocol):
     mounts: MountAdmin
     jobs: JobRunner
     catalog: Catalog
+    engine: Engine
     clock: Clock
 
 
@@ -64,6 +69,7 @@ class NodeControl:
         self.loads = LeadLoads(cluster, self.calls, self.parts, parts.jobs.tools)
         parts.jobs.lead(self.loads.run, suffix_of(cluster.node_id))
         self.jobs = SharedJobs(cluster, self.calls, parts.jobs)
+        self.handover = Handover(cluster, self.calls, parts, parts.layout.root / "drained")
         self.listings = PlacedListings(cluster, self.calls, parts.catalog, parts.mounts, parts.clock)
         parts.catalog.elsewhere = self.listings
         kept = parts.layout.root / "cluster-mounts.json"
@@ -75,12 +81,25 @@ class NodeControl:
         least = None if replication is None else replication.min
         return self.cluster.config.replicas if least is None else least
 
+    async def drain(self, name: str, *, undo: bool) -> dict[str, Any]:
+        """Drain the node of that name ("": this one), or end that; return how far its handover is. Raises
+        NotFoundError, DaemonUnavailableError."""
+        node = self.member(name) if name else self.cluster.own
+        if node.node_id != self.cluster.node_id:
+            return await self.calls.ask(node, "POST", DRAIN_ROUTE, {"undo": undo})
+        if undo:
+            await self.handover.undo()
+        else:
+            self.handover.start()
+        return {"node_id": node.node_id, "handover": self.handover.status}
+
     def status(self) -> dict[str, Any]:
         """Return how this node is, as it answers others."""
         return {
             "node_id": self.cluster.node_id,
             "ring_digest": self.cluster.ring.digest,
             "used_bytes": self.blocks.statistics().used_bytes,
+            "handover": self.handover.status,
         }
 
     def member(self, name: str) -> NodeRecord:
@@ -97,6 +116,7 @@ class NodeControl:
         """Do what goes on by itself inside the block."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                self.handover.resume()
                 running = [tasks.create_task(self.jobs.run())]
                 if self.mounts is not None:
                     running.append(tasks.create_task(self.mounts.run()))
@@ -106,6 +126,7 @@ class NodeControl:
                     for task in running:
                         task.cancel()
         finally:
+            await self.handover.close()
             await self.parts.close()
             await self.calls.close()
             await self.jobs.close()
