@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pytest
 
+pytest_plugins = ["tests.support.s3_stage"]
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

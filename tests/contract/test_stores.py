@@ -28,13 +28,6 @@ FETCH = FetchConfig(requests_max=32, attempt_timeout_s=20.0, deadline_s=40.0)
 S3_ODD_KEYS = (*ODD_KEYS, "double//slash", "../climbing", "./dot", "dots/../inside", "/leading", "tab\there")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket("bucket")
-        yield running
-
-
 class S3Suite(UnderStoreSuite):
     odd_keys = S3_ODD_KEYS
     many_count = 2500

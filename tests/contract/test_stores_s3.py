@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from obstore.exceptions import GenericError
@@ -22,25 +22,6 @@ from orchestra.testing.under_store import PATTERN, list_all, read_all
 from orchestra.values import ByteRange
 
 FETCH = FetchConfig(requests_max=32, attempt_timeout_s=20.0, deadline_s=40.0)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket("bucket")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def shared_proxy(server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(server.endpoint) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(shared_proxy: FaultProxy) -> FaultProxy:
-    shared_proxy.reset()
-    return shared_proxy
 
 
 @pytest.fixture

@@ -43,19 +43,6 @@ BLOCK = 64 * KIB
 SIZES = {"small": 10_000, "large": 9 * BLOCK + 123}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket("bucket")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running_proxy(server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(server.endpoint) as proxy:
-        yield proxy
-
-
 class Stage:
     """Objects in the bucket, the proxy's script, and the node."""
 

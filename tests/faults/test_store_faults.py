@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -57,31 +57,12 @@ class Waits:
         self.clock.advance(seconds)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket("bucket")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running_proxy(server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(server.endpoint) as proxy:
-        yield proxy
-
-
 @pytest.fixture
 def key(server: S3Server) -> str:
     """An object of its own for each test, so that faults are aimed at it alone."""
     name = f"{uuid.uuid4().hex}.bin"
     server.put("bucket", name, PATTERN)
     return name
-
-
-@pytest.fixture
-def proxy(running_proxy: FaultProxy) -> FaultProxy:
-    running_proxy.reset()
-    return running_proxy
 
 
 @pytest.fixture

@@ -38,26 +38,6 @@ def tmp_path() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.create_bucket("bucket")
-        running.create_bucket("spare")
-        yield running
-
-
-@pytest.fixture(scope="module")
-def running_proxy(server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(server.endpoint) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(running_proxy: FaultProxy) -> FaultProxy:
-    running_proxy.reset()
-    return running_proxy
-
-
 @pytest.fixture
 def s3_node(tmp_path: Path, server: S3Server, proxy: FaultProxy) -> Iterator[DaemonNode]:
     """A node whose /data is a bucket behind the proxy, which logs every request."""
