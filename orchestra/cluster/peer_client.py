@@ -7,12 +7,12 @@ comes. Leaves to others: which node is asked for what, and for how long it is le
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
-
-import crc32c
 
 from orchestra.cluster.peer_batch import BatchClient, Prove
 from orchestra.cluster.peer_blocks import SMALL_BYTES_MAX
+from orchestra.cluster.peer_socket import BlockSocket, IdleClosedError, PeerAnswer, Receivers
 from orchestra.cluster.peer_wire import (
     CHECKSUMS,
     WORKING_MAX_S,
@@ -23,9 +23,7 @@ from orchestra.cluster.peer_wire import (
     parse_checksums,
 )
 from orchestra.config_cluster import split_address
-from orchestra.errors import StoreUnavailableError
 from orchestra.stores.contract import Buffer
-from orchestra.stores.range_client import ConnectTimeoutError, NotPlainError, RangeAnswer, RangeClient
 
 CONNECT_TIMEOUT_S = 1.0
 # Without a byte, or a word that it is at work on it. A node that is stopped is asked no longer than this.
@@ -51,16 +49,17 @@ class PeerClient:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
         requests_max: int = REQUESTS_MAX,
+        receivers: Receivers | None = None,
     ) -> None:
+        """`receivers` are shared with the clients of other nodes."""
         self.address = address
         self._prove = prove
         self._block_size_bytes = block_size_bytes
-        self._ranges = RangeClient(
-            f"http://{address}",
-            ssl_context=None,
-            stall_timeout_s=stall_timeout_s,
-            connect_timeout_s=connect_timeout_s,
-        )
+        self._connect_timeout_s = connect_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._receivers = Receivers() if receivers is None else receivers
+        self._idle: list[BlockSocket] = []
+        self._is_closed = False
         self._free = asyncio.Semaphore(requests_max)
         host, port = split_address(address)
         self.batches = BatchClient(
@@ -77,47 +76,74 @@ class PeerClient:
     async def fetch_alone(self, part: ExtentPart) -> memoryview:
         """As `fetch`, in a request of its own. Cancelling closes the connection."""
         async with self._free:
-            return self._checked(part, await self._get(part))
+            try:
+                async with asyncio.timeout(WORKING_MAX_S):
+                    return self._checked(part, await self._get(part))
+            except TimeoutError as error:
+                raise PeerError(Cause.NO_PROGRESS, f"not done within {WORKING_MAX_S:g}s") from error
 
     def close_idle(self) -> None:
         """Close idle connections; those in use close when their requests end."""
-        self._ranges.close_idle()
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
         self.batches.close_idle()
 
-    async def _get(self, part: ExtentPart) -> RangeAnswer:
+    async def _get(self, part: ExtentPart) -> PeerAnswer:
         target = part.target
         headers = {
             "host": self.address,
             "Range": part.range_header,
             **self._prove("GET", target, part.range_header, b""),
         }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        request = f"GET {target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+        while self._idle:
+            try:
+                return await self._over(self._idle.pop(), request, part)
+            except IdleClosedError:
+                continue  # it was idle too long; the request did not reach anybody
         try:
-            async with asyncio.timeout(WORKING_MAX_S):
-                return await self._ranges.get(target, headers, part.file_range)
-        except ConnectTimeoutError as error:
-            raise PeerError(Cause.CONNECT_TIMEOUT, str(error)) from error
+            return await self._over(await self._connect(), request, part)
+        except IdleClosedError as error:
+            raise PeerError(Cause.CUT_SHORT, "the connection was closed without an answer") from error
+
+    async def _over(self, connection: BlockSocket, request: bytes, part: ExtentPart) -> PeerAnswer:
+        answer = await self._receivers.exchange(connection, request, part.file_range.length, self._block_size_bytes)
+        if connection.is_usable and not self._is_closed:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return answer
+
+    async def _connect(self) -> BlockSocket:
+        host, port = split_address(self.address)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                family, _, _, _, address = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                try:
+                    await loop.sock_connect(sock, address)
+                except BaseException:
+                    sock.close()
+                    raise
         except TimeoutError as error:
-            raise PeerError(Cause.NO_PROGRESS, str(error)) from error
-        except NotPlainError as error:
-            raise PeerError(Cause.UNREADABLE, str(error)) from error
-        except (StoreUnavailableError, ConnectionResetError, BrokenPipeError) as error:
-            raise PeerError(Cause.CUT_SHORT, str(error)) from error
+            raise PeerError(Cause.CONNECT_TIMEOUT, f"no connection within {self._connect_timeout_s:g}s") from error
         except OSError as error:
             raise PeerError(Cause.CONNECT_REFUSED, str(error)) from error
+        return BlockSocket(sock, self._stall_timeout_s)
 
-    def _checked(self, part: ExtentPart, answer: RangeAnswer) -> memoryview:
+    def _checked(self, part: ExtentPart, answer: PeerAnswer) -> memoryview:
         if answer.status != 206:
             text = bytes(answer.data[:200]).decode("utf-8", "replace")
             raise PeerError(cause_of(answer.status), f"status {answer.status}: {text}")
         if len(answer.data) != part.file_range.length:
             raise PeerError(Cause.UNREADABLE, f"{len(answer.data)} bytes where {part.file_range.length} were asked for")
-        step = self._block_size_bytes
-        starts = range(0, len(answer.data), step)
         try:
-            checksums = parse_checksums(answer.headers.get(CHECKSUMS, ""), len(starts))
+            checksums = parse_checksums(answer.headers.get(CHECKSUMS.lower(), ""), len(answer.checksums))
         except ValueError as error:
             raise PeerError(Cause.UNREADABLE, str(error)) from error
-        for start, checksum in zip(starts, checksums, strict=True):
-            if crc32c.crc32c(answer.data[start : start + step]) != checksum:
-                raise PeerError(Cause.CHECKSUM, f"the bytes at {part.file_range.start + start} are not the object's")
+        if checksums != answer.checksums:
+            raise PeerError(Cause.CHECKSUM, f"bytes of {part.range_header} are not the object's")
         return answer.data

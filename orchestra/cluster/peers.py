@@ -14,6 +14,7 @@ from functools import partial
 from orchestra.clock import Clock
 from orchestra.cluster.peer_batch import Prove
 from orchestra.cluster.peer_client import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, PeerClient, no_proof
+from orchestra.cluster.peer_socket import Receivers
 from orchestra.cluster.peer_wire import BROKEN_CAUSES, Cause, ExtentPart, PeerError
 from orchestra.cluster.proof import ProofSigner
 from orchestra.cluster.records import NodeRecord
@@ -60,8 +61,10 @@ class Peers:
     ) -> None:
         self._clock = clock
         self._signer = signer
+        self._receivers = Receivers()
         self._make_client = partial(
             PeerClient,
+            receivers=self._receivers,
             block_size_bytes=block_size_bytes,
             connect_timeout_s=connect_timeout_s,
             stall_timeout_s=stall_timeout_s,
@@ -85,6 +88,7 @@ class Peers:
         """Ask nobody any more."""
         for node_id in list(self._peers):
             self.disconnect(node_id)
+        self._receivers.close()
 
     def counts(self) -> dict[str, PeerCounts]:
         """What was asked of whom, by node."""

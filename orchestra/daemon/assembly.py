@@ -175,7 +175,7 @@ def _clustered(
     shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
     engine.sharing = ClusterSharing(shared, geometry, replicas=settings.replicas)
     cluster.shared = shared
-    service = PeerService(engine, engine.blocks, geometry, engine.writers, cluster.is_first_owner)
+    service = PeerService(engine, engine.blocks, geometry, cluster.is_first_owner)
     replicas = Replicas(cluster, service)
     shared.offer = replicas.offer
     cluster.service, cluster.replicas = service, replicas

@@ -56,31 +56,19 @@ class ConnectionClosedError(Exception):
     """The connection ended before the first byte of the answer: an idle one that the server had given up."""
 
 
-class ConnectTimeoutError(TimeoutError):
-    """Nobody took the connection in time."""
-
-
 class RangeClient:
     """Connections to one server. One event loop; opens nothing before its first request."""
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        ssl_context: ssl.SSLContext | None,
-        stall_timeout_s: float,
-        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
-    ) -> None:
+    def __init__(self, base_url: str, *, ssl_context: ssl.SSLContext | None, stall_timeout_s: float) -> None:
         parts = urlsplit(base_url)
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._ssl = ssl_context if parts.scheme == "https" else None
         self._stall_timeout_s = stall_timeout_s
-        self._connect_timeout_s = min(connect_timeout_s, stall_timeout_s)
         self._idle: list[_Connection] = []
         self._is_closed = False
         self._busy: set[_Connection] = set()
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
         self._timer: asyncio.TimerHandle | None = None
 
     async def get(self, target: str, headers: Mapping[str, str], wanted: ByteRange) -> RangeAnswer:
@@ -88,7 +76,6 @@ class RangeClient:
 
         Raises NotPlainError, OSError (TimeoutError among them), ssl.SSLError, StoreUnavailableError for a body cut
         short. After an error or a cancellation the connection is closed and nobody writes into its buffer any more.
-        Interim answers (1xx) say that the server works on it: they count as progress.
         """
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         request = f"GET {target} HTTP/1.1\r\n{lines}accept-encoding: identity\r\n\r\n".encode("latin-1")
@@ -150,21 +137,18 @@ class RangeClient:
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(
-                    partial(_Connection, self._buffers),
-                    self._host,
-                    self._port,
-                    ssl=self._ssl,
-                    server_hostname=self._host if self._ssl is not None else None,
-                )
-        except TimeoutError as error:
-            raise ConnectTimeoutError(f"no connection within {self._connect_timeout_s:g}s") from error
+        async with asyncio.timeout(min(_CONNECT_TIMEOUT_S, self._stall_timeout_s)):
+            _, connection = await loop.create_connection(
+                partial(_Connection, self._buffers),
+                self._host,
+                self._port,
+                ssl=self._ssl,
+                server_hostname=self._host if self._ssl is not None else None,
+            )
         return connection
 
 
-class _Buffers:
+class Buffers:
     """Bodies of whole blocks, used again: fresh memory of 4 MiB costs a page fault for every 4 KiB of it.
 
     A buffer is free when nobody but this list refers to it, so nobody has to say that he is done with one.
@@ -194,7 +178,7 @@ class _Buffers:
 class _Connection(asyncio.BufferedProtocol):
     """One connection, one request at a time. The body is received where it stays."""
 
-    def __init__(self, buffers: _Buffers) -> None:
+    def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -267,7 +251,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._body_length += nbytes
         else:
             self._head_length += nbytes
-            end = self._end_of_head()
+            end = self._head.find(b"\r\n\r\n", 0, self._head_length)
             if end < 0:
                 if self._head_length >= _HEAD_BYTES_MAX:
                     self._fail(NotPlainError("the head of the answer is too long"))
@@ -280,17 +264,6 @@ class _Connection(asyncio.BufferedProtocol):
         assert self._body is not None
         if self._body_length == len(self._body):
             self._done.set_result(None)
-
-    def _end_of_head(self) -> int:
-        """Where the final answer's head ends, -1 as long as it is not all here; interim answers before it are left
-        out."""
-        while True:
-            end = self._head.find(b"\r\n\r\n", 0, self._head_length)
-            if end < 0 or self._head[9:10] != b"1":
-                return end
-            rest = self._head[end + 4 : self._head_length]
-            self._head[: len(rest)] = rest
-            self._head_length = len(rest)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
+from weakref import WeakSet
 
 from aiohttp import web
 
@@ -111,7 +111,13 @@ async def clustered(node: Node, activity: Activity) -> AsyncIterator[None]:
     service = cluster.service
     assert service is not None, "assembly joined them"
     host, port = split_address(cluster.config.listen)
-    connection = partial(PeerConnection, web_server, service, cluster.checker, activity)
+    connections: WeakSet[PeerConnection] = WeakSet()
+
+    def connection() -> PeerConnection:
+        made = PeerConnection(web_server, service, cluster.checker, activity)
+        connections.add(made)
+        return made
+
     try:
         server = await asyncio.get_running_loop().create_server(connection, host, port, backlog=_BACKLOG)
     except OSError as error:
@@ -132,4 +138,7 @@ async def clustered(node: Node, activity: Activity) -> AsyncIterator[None]:
                     task.cancel()
     finally:
         server.close()
+        for made in list(connections):
+            made.close()
         await runner.cleanup()
+        service.close()

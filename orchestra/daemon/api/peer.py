@@ -18,6 +18,7 @@ from typing import IO, cast
 
 from aiohttp.web_protocol import RequestHandler
 
+from orchestra.blocks.reader import FilePlace
 from orchestra.cluster.peer_blocks import BLOCKS, BODY_BYTES_MAX, parse_blocks
 from orchestra.cluster.peer_wire import (
     CHECKSUMS,
@@ -213,15 +214,29 @@ class PeerConnection(asyncio.Protocol):
 
     async def _send(self, held: HeldPart) -> None:
         place = held.place
-        await self._service.warm(place)
         transport = self._transport
         if transport is None or transport.is_closing():
             return
         transport.write(_head_of(206, place.length, {CHECKSUMS: encode_checksums(place.checksums)}))
+        sent = 0
+        if not transport.get_write_buffer_size():
+            sent = await self._service.send(transport.get_extra_info("socket").fileno(), held)
+        if sent < place.length:
+            await self._send_rest(transport, place, sent)
+
+    async def _send_rest(self, transport: asyncio.Transport, place: FilePlace, sent: int) -> None:
+        rest = FilePlace(place.fd, place.offset + sent, place.length - sent, ())
+        await self._service.warm(rest)
         async with asyncio.timeout(_SEND_TIMEOUT_S):
+            file = cast("IO[bytes]", _File(rest.fd))
             loop = asyncio.get_running_loop()
-            file = cast("IO[bytes]", _File(place.fd))
-            await loop.sendfile(transport, file, place.offset, place.length, fallback=False)
+            count = await loop.sendfile(transport, file, rest.offset, rest.length, fallback=False)
+        if count != rest.length:
+            raise OSError("the file is shorter than it should be")
+
+    def close(self) -> None:
+        """Break off what is under way."""
+        self._abort()
 
     def _write_refusal(self, error: PeerError) -> None:
         body = str(error).encode()[:1000]
