@@ -190,22 +190,30 @@ def loading_share(rates: dict[tuple[str, str], list[float]]) -> float:
     return training / statistics.median(rates["shuffled", "TensorBatches"])
 
 
-def take_turns(contestants: Sequence[Any], works: Sequence[Sequence[str]], *, cold: bool) -> dict[str, list[float]]:
-    """Return files/s of every turn; cold turns load files that nobody has read, with the page cache emptied."""
+def take_turns(
+    contestants: Sequence[Any], works: Sequence[Sequence[str]], *, cold: bool
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return files/s, and the loader's CPU microseconds a file, of every turn; cold turns load files that nobody has
+    read, with the page cache emptied."""
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    cpus: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for turn, names in enumerate(works):
         for contestant in contestants if turn % 2 == 0 else reversed(contestants):
             if cold:
                 drop_page_cache()
             whole = isinstance(contestant, ConvertedLoader)  # its shards are what they are
-            part = names if whole else names[: max(64, int(len(names) * contestant.share))]
+            share = contestant.cold_share if cold and contestant.cold_share is not None else contestant.share
+            part = names if whole else names[: max(64, int(len(names) * share))]
             try:
-                rates[contestant.name].append(len(part) / contestant.load(part)["seconds"])
+                answer = contestant.load(part)
+                rates[contestant.name].append(len(part) / answer["seconds"])
+                cpus[contestant.name].append(answer["cpu_s"] / len(part) * 1e6)
             except LoaderFailedError as error:
                 print(error, file=sys.stderr)
                 rates[contestant.name].append(math.nan)
+                cpus[contestant.name].append(math.nan)
             print(f"  {contestant.name}: {rates[contestant.name][-1]:.0f} files/s", file=sys.stderr)
-    return rates
+    return rates, cpus
 
 
 def median(values: Sequence[float]) -> float:
@@ -214,14 +222,14 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(done) if done else 0.0
 
 
-def files_table(rates: dict[str, list[float]]) -> list[str]:
+def files_table(rates: dict[str, list[float]], cpus: dict[str, list[float]]) -> list[str]:
     """Return a Markdown table of the medians, the fastest first."""
-    lines = ["| | files/s | MB/s | turns |", "|---|---:|---:|---|"]
+    lines = ["| | files/s | MB/s | CPU of the loader, us a file | turns |", "|---|---:|---:|---:|---|"]
     medians = {name: median(found) for name, found in rates.items()}
     for name in sorted(rates, key=lambda one: -medians[one]):
         rate = medians[name]
         turns = " ".join(f"{one:.0f}" for one in rates[name])
-        lines.append(f"| {name} | {rate:.0f} | {rate * SIZE / 1e6:.0f} | {turns} |")
+        lines.append(f"| {name} | {rate:.0f} | {rate * SIZE / 1e6:.0f} | {median(cpus[name]):.0f} | {turns} |")
     return lines
 
 
@@ -279,14 +287,14 @@ def files_part(options: argparse.Namespace, state: str) -> None:
             contestant.load(warm_names, check=True)
         remote, converted = (able(group, warm_names, missing) for group in (remote, converted))
         origin.set(latency_ms=LATENCY_MS)
-        cold = take_turns([*ours, *remote], slices[1:], cold=True)
-        warm = take_turns([floor, *ours, *remote, *converted], [warm_names] * options.turns, cold=False)
+        cold, cold_cpus = take_turns([*ours, *remote], slices[1:], cold=True)
+        warm, warm_cpus = take_turns([floor, *ours, *remote, *converted], [warm_names] * options.turns, cold=False)
     note = f"Left out, not installed unless said: {', '.join(missing)}." if missing else "All peers took part."
     said = f"{count} files of 110 kB, {LATENCY_MS} ms first byte, 2 workers, batches of 32"
     peers = [one.name for one in remote]
-    publish(f"Loading cold: {said}", [*files_table(cold), "", *ahead(cold, peers)], options, state)
+    publish(f"Loading cold: {said}", [*files_table(cold, cold_cpus), "", *ahead(cold, peers)], options, state)
     peers += [one.name for one in converted]
-    publish(f"Loading warm: {said}", [*files_table(warm), "", note, "", *ahead(warm, peers)], options, state)
+    publish(f"Loading warm: {said}", [*files_table(warm, warm_cpus), "", note, "", *ahead(warm, peers)], options, state)
 
 
 def main() -> None:
