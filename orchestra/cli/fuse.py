@@ -316,7 +316,7 @@ def _row_of(known: registry.KnownMount) -> dict[str, object]:
     record = known.record
     if record is None:
         # Only a mount without a known process is asked, since a living one that hangs would hang us too.
-        state = "dead" if mount.is_dead(known.folder) else "served by another user's process"
+        state = "dead" if mount.is_dead(known.folder) else f"served, but {_why_unknown(known.user_id)}"
         return {
             "folder": known.folder,
             "state": state,
@@ -335,3 +335,10 @@ def _row_of(known: registry.KnownMount) -> dict[str, object]:
         "workers": record.workers,
         "log": record.log,
     }
+
+
+def _why_unknown(user_id: int | None) -> str:
+    """Why there is no record of a living mount."""
+    if user_id is not None and user_id != os.getuid():
+        return f"by a process of user id {user_id}, who has its record"
+    return f"its process left no record in {registry.state_folder()}: it was started with another state folder"

@@ -32,13 +32,14 @@ _FUSERMOUNT_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class MountedFolder:
-    """One line of mountinfo. `device` is "major:minor", as in /sys/class/bdi."""
+    """One line of mountinfo. `device` is "major:minor", as in /sys/class/bdi; `user_id` who mounted a FUSE mount."""
 
     folder: str
     fstype: str
     source: str
     device: str
     options: str
+    user_id: int | None = None
 
 
 def parse_mountinfo(text: str) -> list[MountedFolder]:
@@ -48,7 +49,11 @@ def parse_mountinfo(text: str) -> list[MountedFolder]:
         left, _, right = line.partition(" - ")
         fields, tail = left.split(" "), right.split(" ")
         if len(fields) >= 6 and len(tail) >= 2:
-            found.append(MountedFolder(_unescape(fields[4]), tail[0], _unescape(tail[1]), fields[2], fields[5]))
+            user = re.search(r"(?:^|,)user_id=(\d+)", tail[2]) if len(tail) > 2 else None
+            user_id = int(user[1]) if user else None
+            found.append(
+                MountedFolder(_unescape(fields[4]), tail[0], _unescape(tail[1]), fields[2], fields[5], user_id)
+            )
     return found
 
 

@@ -36,10 +36,11 @@ class MountRecord:
 
 @dataclass(frozen=True, slots=True)
 class KnownMount:
-    """A mount that the kernel lists, with its process's own record if that is alive."""
+    """A mount that the kernel lists, with its process's own record if that is alive, and who mounted it."""
 
     folder: str
     record: MountRecord | None
+    user_id: int | None = None
 
 
 def state_folder() -> Path:
@@ -102,7 +103,7 @@ def record_of(folder: str) -> MountRecord | None:
 
 def known_mounts() -> list[KnownMount]:
     """Return every orchestra mount that this process sees."""
-    return [KnownMount(m.folder, record_of(m.folder)) for m in mounted_folders() if m.fstype == FSTYPE]
+    return [KnownMount(m.folder, record_of(m.folder), m.user_id) for m in mounted_folders() if m.fstype == FSTYPE]
 
 
 @contextmanager

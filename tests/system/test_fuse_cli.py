@@ -159,6 +159,19 @@ def test_a_dead_mount_is_cleared_and_said(site: Site) -> None:
     assert site.run("fuse", "umount", site.target).returncode == 0
 
 
+def test_a_mount_without_a_record_is_told_as_what_it_is(site: Site) -> None:
+    """One that another state folder knows lives and is ours; nobody says that it is another user's."""
+    assert site.run("fuse", "mount", site.target).returncode == 0
+    (record,) = (site.root / "state").rglob("*.json")
+    record.rename(record.with_suffix(".hidden"))
+    known = site.known()
+    assert known is not None
+    assert known["pid"] is None
+    assert str(known["state"]).startswith(f"served, but its process left no record in {site.root / 'state'}")
+    record.with_suffix(".hidden").rename(record)
+    assert site.run("fuse", "umount", site.target).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [

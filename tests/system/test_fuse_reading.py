@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import mmap
@@ -277,3 +278,60 @@ def test_a_huge_folder_is_streamed_and_makes_no_inodes(make: MakeServer, tmp_pat
         assert os.stat(server.target / name).st_ino == found[name]
     assert len(os.listdir(server.target)) == count
     assert server.counters()["READDIRPLUS"] == counters["READDIRPLUS"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "pagecache"])
+def test_a_program_can_have_bytes_read_ahead_and_let_go_of(make: MakeServer, tmp_path: Path, mode: str) -> None:
+    """readahead(2) and WILLNEED have bytes read before anybody wants them, DONTNEED makes the kernel forget them."""
+    store, data = _store_of(tmp_path, 100_000)
+    server = make(store, mode=mode)
+    fd = os.open(server.target / "file", os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    ahead: list[Callable[[], object]] = [
+        lambda: libc.readahead(fd, ctypes.c_int64(0), ctypes.c_size_t(len(data))),
+        lambda: os.posix_fadvise(fd, 0, len(data), os.POSIX_FADV_WILLNEED),
+    ]
+    for ask in ahead:
+        before = read_count(server)
+        ask()
+        while read_count(server) == before:  # the kernel asks on its own
+            pass
+        assert os.pread(fd, len(data) + 1, 0) == data
+        asked = read_count(server)
+        assert os.pread(fd, len(data) + 1, 0) == data
+        assert read_count(server) == asked
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(fd, len(data) + 1, 0) == data
+        assert read_count(server) > asked
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("mode", ["auto", "passthrough", "pagecache"])
+@pytest.mark.parametrize("size", [100_000, 3 * MIB + 5])
+def test_o_direct_reads_what_is_there(make: MakeServer, tmp_path: Path, mode: str, size: int) -> None:
+    """Whole pages anywhere, and less at the end; past it nothing."""
+    store, data = _store_of(tmp_path, size)
+    server = make(store, mode=mode)
+    fd = os.open(server.target / "file", os.O_RDONLY | os.O_DIRECT)
+    buffer = mmap.mmap(-1, 64 * 1024)
+    for place in (0, 8192, size // 4096 * 4096, size // 4096 * 4096 + 4096):
+        count = os.preadv(fd, [buffer], place)
+        assert buffer[:count] == data[place : place + len(buffer)]
+    os.close(fd)
+
+
+@pytest.mark.parametrize("priority", [["-c", "3"], ["-c", "2", "-n", "7"], ["-c", "1", "-n", "0"]])
+def test_a_priority_of_io_changes_no_byte(make: MakeServer, tmp_path: Path, priority: list[str]) -> None:
+    """ionice is for the disks below; a mount takes readers of all of them."""
+    store, data = _store_of(tmp_path, 300_000)
+    server = make(store)
+    done = subprocess.run(["ionice", *priority, "cat", str(server.target / "file")], capture_output=True, check=True)
+    assert done.stdout == data
+
+
+def _store_of(tmp_path: Path, size: int) -> tuple[Path, bytes]:
+    store, data = tmp_path / "store", Random(size).randbytes(size)
+    store.mkdir()
+    (store / "file").write_bytes(data)
+    return store, data
