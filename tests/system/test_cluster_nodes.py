@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,24 @@ def read_all(node: DaemonNode, store: CountingServer) -> int:
     """Read every file at that node and compare it; return how many there were."""
     client = node.client()
     return sum(client.read_file(f"/data/{name}") == data for name, data in store.files.items())
+
+
+def test_no_route_between_nodes_answers_without_the_secret(tmp_path: Path) -> None:
+    """Every route of the port between nodes is refused without a proof; with it, the nodes find one another."""
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    secret.chmod(0o600)
+    with cluster_of(tmp_path, 2, mounts=[], cluster={"secret_file": str(secret)}) as cluster:
+        cluster.start()
+        config = cluster.nodes[0].config.cluster
+        assert config is not None
+        routes = ("GET /v1/node/status", "POST /v1/node/holds", "POST /v1/node/take", "POST /v1/node/drain")
+        more = ("POST /v1/node/listing", "POST /v1/node/parts/start", "GET /v1/node/jobs", "POST /v1/node/jobs/1/stop")
+        for method, route in (one.split() for one in (*routes, *more)):
+            request = urllib.request.Request(f"http://{config.listen}{route}", method=method, data=b"{}")
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(request, timeout=5)
+            assert refusal.value.code == 401, route
+            refusal.value.close()
+        states = cluster.nodes[0].client().daemon_request("GET", "/v1/nodes")["nodes"]
+        assert [row["state"] for row in states] == ["up", "up"]
