@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,8 +13,10 @@ from threading import Barrier
 
 import pytest
 
-from tests.support.clusters import Cluster, cluster_of, wait_until
+from orchestra.errors import OrchestraError
+from tests.support.clusters import Cluster, cluster_of, ring_of, wait_until
 from tests.support.counting_store import CountingServer, counting_server
+from tests.support.node import DaemonNode
 
 pytestmark = pytest.mark.system
 
@@ -122,3 +126,56 @@ def test_a_node_that_is_killed_in_mid_epoch_costs_no_read(tmp_path: Path) -> Non
         assert dead is not None
         causes = [node.status()["cluster"]["peers"][dead.listen]["failures"] for node in cluster.nodes[:2]]
         assert sum(count for found in causes for count in found.values()) > 0, causes
+
+
+def test_with_a_secret_bytes_go_to_who_has_it_and_to_nobody_else(tmp_path: Path) -> None:
+    """Two nodes with one secret share blocks; a request without a proof is refused, and a node with another secret
+    gets nothing and reads the store: every byte is right all the same."""
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    secret.chmod(0o600)
+    with cluster_over_a_store(tmp_path, 2, cluster={"secret_file": str(secret)}) as (cluster, store):
+        read_all(cluster, 0, store, 1)
+        size = store.bytes_sent
+        read_all(cluster, 1, store, 2)
+        assert store.bytes_sent == size
+        listen = cluster.counts()[0]["node_id"]
+        for request in (f"http://{listen}/v1/peer/extents/{'0' * 32}/0?size=1", f"http://{listen}/v1/node/status"):
+            with pytest.raises(urllib.error.HTTPError, match="40[13]"):
+                urllib.request.urlopen(request, timeout=5)
+        other = tmp_path / "other"
+        other.write_text("another secret, of another cluster")
+        other.chmod(0o600)
+        node = cluster.nodes[1]
+        node.stop()
+        text = node.config_path.read_text().replace(str(secret), str(other)).replace("/n2/cache", "/n2/cache2")
+        node.config_path.write_text(text)
+        stranger = DaemonNode(node.config_path)
+        try:
+            stranger.start()
+            wait_until(lambda: ring_of(stranger)["nodes"] == 2)
+            client = stranger.client()
+            assert all(client.read_file(f"/data/{path}") == data for path, data in store.files.items())
+            counts = stranger.status()["cluster"]
+            assert counts["peers"][listen]["failures"]["refused"] > 0
+            assert counts["shared"]["fallbacks"] > 0
+            assert counts["shared"]["from_peers"] == 0
+        finally:
+            stranger.close()
+
+
+def test_ufs_fallback_fail_keeps_readers_off_the_store(tmp_path: Path) -> None:
+    """With `fail` and the only owner dead, what it owns cannot be read: one line that names the setting; what the
+    living node owns can."""
+    with cluster_over_a_store(tmp_path, 2, cluster={"ufs_fallback": "fail"}) as (cluster, store):
+        client = cluster.nodes[0].client()
+        entries = [client.stat(f"/data/{path}") for path in store.files]
+        cluster.kill(1)
+        outcomes = []
+        for entry in entries:
+            try:
+                outcomes.append(client.read_file(entry.path) == store.files[entry.path.removeprefix("/data/")])
+            except OrchestraError as error:
+                assert "cluster.ufs_fallback is fail" in str(error)
+                outcomes.append(False)
+        assert {True, False} == set(outcomes)
