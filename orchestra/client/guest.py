@@ -65,6 +65,10 @@ class GuestClient(NodeClient):
         """See Client: nothing is known without asking."""
         normalize_path(path)
 
+    def stat_timed(self, path: str) -> None:
+        """See Client: nothing is known without asking."""
+        normalize_path(path)
+
     def list(self, path: str, *, refresh: bool = False) -> NodeDirectory:
         """See Client."""
         path = normalize_path(path)

@@ -91,7 +91,15 @@ class ClientSuite:
     @pytest.mark.parametrize("path", ["", "data", "data/a", "/data/../a", "/data/./a", "/data/a\0"])
     def test_what_can_be_no_path_is_refused(self, client: Client, path: str) -> None:
         """Relative paths, dots and NUL are usage errors from every call."""
-        for call in (client.stat, client.list, client.open, client.read_file, client.stat_cached, client.list_cached):
+        for call in (
+            client.stat,
+            client.list,
+            client.open,
+            client.read_file,
+            client.stat_cached,
+            client.stat_timed,
+            client.list_cached,
+        ):
             with pytest.raises(UsageError):
                 call(path)
 
@@ -157,11 +165,18 @@ class ClientSuite:
             client.stat("/data/d/nothing")
         sent = client.messages_sent
         assert client.stat_cached("/data/d/a") == entry
+        for path, known in (("/data/d/a", entry), ("/data/d", client.stat_cached("/data/d")), ("/", client.stat("/"))):
+            timed = client.stat_timed(path)
+            assert (timed and timed[0]) == known
+            # What is left of the freshness shrinks between the two questions, by steps.
+            assert timed is None or 0 <= client.freshness_s(path) <= timed[1]
         cached = client.list_cached("/data/d")
         assert cached is not None
         assert list(cached) == list(view)
         with pytest.raises(NotFoundError):
             client.stat_cached("/data/d/nothing")
+        with pytest.raises(NotFoundError):
+            client.stat_timed("/data/d/nothing")
         client.stat_cached("/data/unknown")
         client.list_cached("/data/unknown")
         assert client.messages_sent == sent
