@@ -275,7 +275,10 @@ class Supervisor:
     def _write_record(self) -> None:
         workers = sorted(child.pid for child in self._children if child.slot is not None)
         self._plan = replace(self._plan, record=self._plan.record | {"workers": workers})
-        registry.write_record(registry.MountRecord(**self._plan.record))
+        try:
+            registry.write_record(registry.MountRecord(**self._plan.record))
+        except OSError as error:  # a container's file system may be read-only: the folder answers all the same
+            log.warning("`orchestra fuse ls` will not list %s: %s", self._plan.target, error)
 
     def _kill_all(self) -> None:
         for child in self._children:
