@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import mmap
+import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
@@ -47,15 +48,30 @@ from contestants import (
     S3fsFuse,
     cpu_seconds,
 )
+from fuse_works import (
+    READERS,
+    SMALL_SIZE,
+    Action,
+    Sizes,
+    forget_small,
+    large_name,
+    list_all,
+    mapped,
+    prime,
+    random_reads,
+    read_once,
+    sequential,
+    small_files,
+    small_files_beside,
+    stat_all,
+)
 from origin import BUCKET
 from synthetic import dataset_keys, expected_bytes
 
 from orchestra.units import MIB
 
-SMALL_SIZE = 110_000
-RANDOM_READS = 20_000
-# Threads that read at a time when one worker is compared with two.
-READERS = 4
+# A killed worker costs its reader some 50 ms, a daemon a second.
+_PAUSE_WATCHED_S = 5.0
 
 
 class FolderMount(OrchestraMount):
@@ -71,6 +87,16 @@ class FolderMount(OrchestraMount):
     @property
     def root(self) -> Path:
         return self.mountpoint / BUCKET
+
+    def workers_now(self) -> list[int]:
+        """Return the processes that answer."""
+        mounts = json.loads(self.orchestra("fuse", "ls", "--json"))
+        return next(list(m["workers"]) for m in mounts if m["folder"] == str(self.mountpoint))
+
+    def peak_memory(self) -> str:
+        """Return the most memory that daemon and workers ever had, and what of it no file backs now."""
+        found = {"daemon": self.daemon_pid} | {f"worker {index}": pid for index, pid in enumerate(self.workers_now())}
+        return ", ".join(f"{name} {_memory_of(pid)}" for name, pid in found.items())
 
 
 class AutoMount(FolderMount):
@@ -118,134 +144,18 @@ class Bindfs(Loopback):
         return ["bindfs", "-f", "-o", options, str(self.native), str(self.mountpoint)]
 
 
+def _memory_of(pid: int) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "RssAnon"))}
+    return f"{kib['VmHWM'] / 1024:.0f} MiB ({kib['RssAnon'] / 1024:.0f} anonymous)"
+
+
 def root_of(contestant: Contestant) -> Path:
     """Return the folder in which a contestant shows the data."""
     if isinstance(contestant, (Native, FolderMount)):
         return Path(contestant.root)
     assert isinstance(contestant, PeerMount)
     return contestant.mountpoint
-
-
-# -- works: each takes the folder and returns how much it did --------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much there is."""
-
-    large: int
-    small_count: int
-    stat_count: int
-    listed_count: int
-
-
-Action = Callable[[Path, Sizes], float]
-_BUFFER = memoryview(bytearray(1 << 20))
-
-
-def large_name() -> str:
-    """Return the large file's name."""
-    return dataset_keys("big", 1)[0]
-
-
-def sequential(root: Path, sizes: Sizes) -> float:
-    """One file in 1 MiB reads; MiB."""
-    fd = os.open(root / large_name(), os.O_RDONLY)
-    done = 0
-    while count := os.readv(fd, [_BUFFER]):
-        done += count
-    os.close(fd)
-    return done / MIB
-
-
-def random_reads(root: Path, sizes: Sizes) -> float:
-    """4 KiB at random places; reads."""
-    fd = os.open(root / large_name(), os.O_RDONLY)
-    chance = random.Random(7)
-    small = _BUFFER[:4096]
-    for _ in range(RANDOM_READS):
-        os.preadv(fd, [small], chance.randrange(sizes.large // 4096) * 4096)
-    os.close(fd)
-    return RANDOM_READS
-
-
-def mapped(root: Path, sizes: Sizes) -> float:
-    """One file through mmap; MiB."""
-    fd = os.open(root / large_name(), os.O_RDONLY)
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view:
-        seen = memoryview(view)
-        for at in range(0, sizes.large, len(_BUFFER)):
-            part = seen[at : at + len(_BUFFER)]
-            _BUFFER[: len(part)] = part
-            part.release()
-        seen.release()
-    os.close(fd)
-    return sizes.large / MIB
-
-
-def _whole(path: str) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    done = 0
-    while count := os.readv(fd, [_BUFFER]):
-        done += count
-    os.close(fd)
-    return done
-
-
-def small_files(root: Path, sizes: Sizes) -> float:
-    """Each opened, read, closed; files."""
-    done = sum(_whole(f"{root}/{name}") for name in dataset_keys("small", sizes.small_count))
-    assert done == sizes.small_count * SMALL_SIZE, f"{done} bytes of small files in {root}"
-    return sizes.small_count
-
-
-def small_files_beside(root: Path, sizes: Sizes) -> float:
-    """The same, READERS at a time, with a buffer each; files."""
-    names = [f"{root}/{name}" for name in dataset_keys("small", sizes.small_count)]
-
-    def read(part: Sequence[str]) -> int:
-        buffer = bytearray(SMALL_SIZE + 1)
-        done = 0
-        for name in part:
-            fd = os.open(name, os.O_RDONLY)
-            done += os.readv(fd, [buffer])
-            os.close(fd)
-        return done
-
-    with ThreadPoolExecutor(READERS) as pool:
-        done = sum(pool.map(read, [names[index::READERS] for index in range(READERS)]))
-    assert done == sizes.small_count * SMALL_SIZE, f"{done} bytes of small files in {root}"
-    return sizes.small_count
-
-
-def forget_small(root: Path, sizes: Sizes) -> None:
-    """Drop the kernel's pages of the files as the mount shows them, not those that they are made from."""
-    for name in dataset_keys("small", sizes.small_count):
-        fd = os.open(root / name, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
-def stat_all(root: Path, sizes: Sizes) -> float:
-    """stat of every file of a folder that was listed; entries."""
-    for index in range(sizes.stat_count):
-        os.stat(f"{root}/stat/{index // 10_000}/{index:06}")
-    return sizes.stat_count
-
-
-def prime(root: Path, sizes: Sizes) -> None:
-    """List the folders with attributes, as `ls -l` does."""
-    for folder in range((sizes.stat_count + 9_999) // 10_000):
-        for entry in os.scandir(f"{root}/stat/{folder}"):
-            entry.stat()
-
-
-def list_all(root: Path, sizes: Sizes) -> float:
-    """Names of one huge folder; entries."""
-    with os.scandir(root / "listed") as names:
-        count = sum(1 for _ in names)
-    assert count == sizes.listed_count, f"{count} names in {root}/listed"
-    return count
 
 
 # -- turns -----------------------------------------------------------------------------------------------------------
@@ -268,15 +178,19 @@ def turns(
             if before is not None and not isinstance(contestant, Native):
                 before(folder, sizes)
             serving = cpu_seconds(contestant.serving())
-            own = os.times()
+            own = _own_cpu_s()
             began = time.perf_counter()
             amount = action(folder, sizes)
             row = timings[contestant.name]
             row.seconds.append(time.perf_counter() - began)
-            now = os.times()
-            row.reader_cpu_s.append(now.user + now.system - own.user - own.system)
+            row.reader_cpu_s.append(_own_cpu_s() - own)
             row.serving_cpu_s.append(cpu_seconds(contestant.serving()) - serving)
     return timings, amount
+
+
+def _own_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def make_native(root: Path, sizes: Sizes) -> None:
@@ -418,7 +332,56 @@ class Report:
                 list_all(root_of(one), sizes)
             result = turns(who, list_all, sizes, self.options.turns)
             lines = _verdicts(("mount (auto) / native", ratio(result[0], AutoMount, Native), 0.3))
+            lines += [
+                f"- peak memory of {one.name}: {one.peak_memory()}" for one in who if isinstance(one, FolderMount)
+            ]
             self.publish(f"readdir of {sizes.listed_count} entries", result, who, "entries/s", lines)
+
+    def pauses(self) -> None:
+        """What a reader sees of a worker, and of a worker and the daemon, that are killed."""
+        mounts = [one for one in self.who if type(one) is AutoMount]
+        if not mounts or not self.is_wanted("pauses"):
+            return
+        (one,) = mounts
+        folder = root_of(one)
+        worker_s = longest_pause_s(folder, self.sizes, one.workers_now)
+        both_s = longest_pause_s(folder, self.sizes, lambda: [*one.workers_now(), one.daemon_pid])
+        lines = [
+            f"Longest read of a page that the kernel has not: {worker_s:.3f} s with the worker killed, {both_s:.3f} s "
+            "with worker and daemon killed; no read failed.",
+            "",
+            *_verdicts(
+                ("2 s / pause of a killed worker", 2 / worker_s, 1),
+                ("2 s / pause of a killed worker and daemon", 2 / both_s, 1),
+            ),
+        ]
+        publish("FUSE: kill -9 under a reader", lines, self.options, self.state)
+
+
+def longest_pause_s(folder: Path, sizes: Sizes, victims: Callable[[], list[int]]) -> float:
+    """Read for some seconds, have `victims` killed after the first, and return how long the longest read took."""
+    chance = random.Random(3)
+    names = [f"{folder}/{name}" for name in dataset_keys("small", sizes.small_count)]
+    killed = threading.Event()
+
+    def kill() -> None:
+        for pid in victims():
+            os.kill(pid, signal.SIGKILL)
+        killed.set()
+
+    timer = threading.Timer(1.0, kill)
+    timer.start()
+    longest_s, end = 0.0, time.perf_counter() + _PAUSE_WATCHED_S
+    while not killed.is_set() or time.perf_counter() < end:
+        name = chance.choice(names)
+        began = time.perf_counter()
+        fd = os.open(name, os.O_RDONLY)
+        assert len(os.read(fd, SMALL_SIZE + 1)) == SMALL_SIZE
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        longest_s = max(longest_s, time.perf_counter() - began)
+    timer.join()
+    return longest_s
 
 
 def _verdicts(*figures: tuple[str, float | None, float]) -> list[str]:
@@ -448,11 +411,12 @@ def main() -> None:
             if not isinstance(one, Native):  # read everything once, and see that it is right
                 command = ["cmp", str(root_of(one) / large_name()), str(native.root / large_name())]
                 subprocess.run(command, check=True)
-                small_files(root_of(one), sizes)
+                read_once(root_of(one), sizes)
         report = Report(who, sizes, options, state)
         report.large()
         report.small()
         report.names()
+        report.pauses()
 
 
 if __name__ == "__main__":
