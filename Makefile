@@ -91,10 +91,11 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Each ends by itself, and refuses a busy machine; an hour in all.
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/idle.py
-	$(BIN)/python benchmarks/warm_read.py
-	$(BIN)/python benchmarks/cold_read.py
+	for name in idle warm_read cold_read fuse cubes loaders eviction load overlap cluster; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

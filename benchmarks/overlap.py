@@ -93,9 +93,9 @@ class DatasetMount(OrchestraMount, Trainer):
         return self.environment  # with the folder in which its mount says what it shows
 
     def check(self) -> None:
-        states = [one["state"] for one in self.status()["prefetch"]["dataset"]]
-        if states != ["complete"]:
-            raise SystemExit(f"dataset prefetch ended as {states}")
+        (run,) = self.status()["prefetch"]["dataset"]
+        if run["state"] not in ("loading", "complete") or not run["bytes_done"]:
+            raise SystemExit(f"dataset prefetch ended as {run}")
 
     def status(self) -> dict[str, Any]:
         """Return what the daemon says of itself."""
@@ -151,9 +151,6 @@ class PlannedMountWide(Wide, PlannedMount):
 
 class DatasetMountWide(Wide, DatasetMount):
     name = f"{DatasetMount.name}, {WORKERS_WIDE} workers"
-
-    def check(self) -> None:
-        """It may still be loading when the only epoch is over."""
 
 
 class LocalFolder(Trainer):

@@ -112,6 +112,7 @@ class Accounts:
         # Names of stores whose extents age, by store; the longest unused first. Without pinned ones.
         self._by_age: dict[str, OrderedDict[str, None]] = {}
         self._expected: OrderedDict[str, Origin] = OrderedDict()  # by digest
+        self._asked_for: OrderedDict[str, None] = OrderedDict()  # digests: somebody said that he wants them here
         self._use_counter = 0
         self._changed: set[str] = set()
         self._removed: set[str] = set()
@@ -216,8 +217,13 @@ class Accounts:
                 self._enter(name)
                 self._changed.add(name)
 
-    def expect(self, digest: str, origin: Origin) -> None:
-        """The object with that digest is about to be written, or read without being kept."""
+    def expect(self, digest: str, origin: Origin, *, is_asked_for: bool = False) -> None:
+        """The object with that digest is about to be written, or read without being kept. `is_asked_for`: somebody said
+        that it is to be here, so a policy that keeps what it has is not asked, and it does not leave as a newcomer."""
+        if is_asked_for:
+            self._asked_for[digest] = None
+            if len(self._asked_for) > _EXPECTED_MAX:
+                self._asked_for.popitem(last=False)
         self._expected[digest] = origin
         self._expected.move_to_end(digest)
         if len(self._expected) > _EXPECTED_MAX:
@@ -229,6 +235,11 @@ class Accounts:
         if held is not None and held.origin is not None:
             return held.origin
         return self._expected.get(digest_of(name))
+
+    def quota_of(self, store_id: str) -> tuple[int, int, int] | None:
+        """Return (limit, used, pinned) bytes of that store's quota, None if it has none."""
+        quota = self._quotas.get(store_id)
+        return None if quota is None else (quota.limit_bytes, quota.used_bytes, quota.pinned_bytes)
 
     def fits(self, size_bytes: int, name: str) -> bool:
         """Whether there is room (for `name`) without anything having to leave: True is certain, and the usual case."""
@@ -260,7 +271,7 @@ class Accounts:
         movable_bytes = space.used_bytes - space.pinned_bytes
         # All names are walked over only where that can help: on a disk that others have filled it never does.
         if short <= movable_bytes:
-            if name and not self._rules.is_pinned(self.origin_of(name)) and not space.policy.admits(name):
+            if name and not self._is_wanted(name) and not space.policy.admits(name):
                 raise NotAdmittedError("the cache is full, and keeps what it has")
             victims = self._first(space.policy, short, busy)
             short -= sum(self._held[victim].size_bytes for victim in victims)
@@ -268,6 +279,9 @@ class Accounts:
                 return victims
         pinned = f" ({space.pinned_bytes} of {space.used_bytes} bytes are pinned)" if space.pinned_bytes else ""
         raise CacheFullError(f"no room for {size_bytes} bytes: {short} short even if all were evicted{pinned}")
+
+    def _is_wanted(self, name: str) -> bool:
+        return digest_of(name) in self._asked_for or self._rules.is_pinned(self.origin_of(name))
 
     def choose_oldest(self, size_bytes: int, busy: Container[str]) -> list[str]:
         """Return the first names in the policy's order that hold `size_bytes` together (or all); none of `busy`."""
@@ -353,6 +367,10 @@ class Accounts:
         for space in self._spaces(held):
             space.used_bytes += size_bytes
             space.pinned_bytes += size_bytes if held.is_pinned else 0
+            if not held.is_pinned and digest_of(name) in self._asked_for:
+                # As if it had been read, after the read that it came for: policies let go of newcomers that were not.
+                space.policy.touch(name)
+                space.policy.touch(name)
         self._removed.discard(name)
         self._mark_used(name, held)
 

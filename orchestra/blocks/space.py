@@ -82,6 +82,11 @@ class BlockSpace:
                 sum(self._accounts.size_of(name) for name in names if self._accounts.is_pinned(name)),
             )
 
+    def quota_of(self, store_id: str) -> tuple[int, int, int] | None:
+        """Return (limit, used, pinned) bytes of that store's quota, None if it has none."""
+        with self._lock:
+            return self._accounts.quota_of(store_id)
+
     def used_by_store(self) -> dict[str, int]:
         """Return the bytes held by store id; "" for what a crash left without an owner."""
         with self._lock:

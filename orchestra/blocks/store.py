@@ -221,15 +221,15 @@ class BlockStore:
                 return False
         return True
 
-    def admits(self, digest: str, size_bytes: int, block_index: int, origin: Origin) -> bool:
-        """Whether that block, a version of `origin`, would be kept if it were written now; remembers whose it is.
-
-        False: there is no room even after evicting what may leave, or what would have to is worth more (eviction).
-        """
+    def admits(
+        self, digest: str, size_bytes: int, block_index: int, origin: Origin, *, is_asked_for: bool = False
+    ) -> bool:
+        """Whether that block, a version of `origin`, would be kept if it were written now: not if there is no room even
+        after evicting what may leave, or what would have to is worth more (eviction). Remembers what it is told."""
         name = self._name(digest, size_bytes, block_index)
         charge = _charge(self._geometry.block_range(size_bytes, block_index).length)
         with self._lock:
-            self._accounts.expect(digest, origin)
+            self._accounts.expect(digest, origin, is_asked_for=is_asked_for)
             if self._accounts.fits(charge, name):
                 return True
             try:

@@ -142,11 +142,13 @@ def stat(session: Session, path: str, as_json: bool) -> None:
     cached_bytes = client.cached_bytes(entry)
     node = f"this node ({client.config.cache.dir})"
     mount = _mount_of(session, entry.path)
+    is_pinned = _is_pinned(session, entry.path)
     nodes = [] if client.config.cluster is None or entry.is_directory else _nodes_of(session, entry.path)
     if as_json:
         where = [node] if cached_bytes else []
         percent = 100 * cached_bytes / entry.size_bytes if entry.size_bytes else None
         cached = {"cached_bytes": cached_bytes, "cached_percent": percent, "where": where, "nodes": nodes}
+        cached["pinned"] = is_pinned
         print_json({**entry_fields(entry), **cached, "mount": mount and mount[0], "uris": mount and mount[1]})
         return
     fields = [("path", entry.path), ("type", "directory" if entry.is_directory else "file")]
@@ -162,9 +164,18 @@ def stat(session: Session, path: str, as_json: bool) -> None:
             fields += [("node", line) for line in where_lines(nodes, entry.size_bytes)]
         else:
             fields.append(("where", node if cached_bytes else "the store only"))
+    if is_pinned:
+        fields.append(("pinned", "yes: what is cached of it stays (see: orchestra pin)"))
     if mount is not None:
         fields.append(("store", f"{' '.join(mount[1])} (mounted at {mount[0]})"))
     print_fields(fields)
+
+
+def _is_pinned(session: Session, path: str) -> bool:
+    """Whether a pin covers the path."""
+    answer = session.client.daemon_request("GET", "/v1/pins?sizes=no")
+    pins = [row["path"].rstrip("/") for row in answer["pins"]]
+    return any(path == pin or path.startswith(f"{pin}/") for pin in pins)
 
 
 def _nodes_of(session: Session, path: str) -> list[dict[str, Any]]:

@@ -25,6 +25,9 @@ FIELDS = ("path", "uris", "readonly", "freshness_s", "prefetch", "options", "quo
 # What the daemon's API calls an option of ours, where that differs.
 _API_NAMES = {"freshness": "freshness_s", "quota": "quota_bytes", "ttl": "ttl_s"}
 
+# Options that may be given as "none".
+_LIMITS = ("quota", "ttl")
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -45,8 +48,12 @@ def _settings(command: Command) -> Command:
             metavar="AGE",
             help='How old what is known of the store may be: "60s", "immutable", "strict".',
         ),
-        click.option("--quota", metavar="SIZE", help="The most of the cache that its files may take: 200GiB."),
-        click.option("--ttl", metavar="AGE", help="What was not read for so long leaves the cache: 7d."),
+        click.option(
+            "--quota", metavar="SIZE", help='The most of the cache that its files may take: 200GiB; "none": no limit.'
+        ),
+        click.option(
+            "--ttl", metavar="AGE", help='What was not read for so long leaves the cache: 7d; "none": nothing.'
+        ),
         click.option("--readonly/--writable", default=None, help="Whether writes are refused (default: readonly)."),
     ):
         command = option(command)
@@ -128,7 +135,7 @@ def update(
     # What is given is checked as a mount of its own; only those fields then replace the current ones.
     table = _given(given) | {"path": path, "uris": list(uris) or current["uris"], "options": parsed_options(options)}
     checked = to_wire(parse_mount(table))
-    changes = {name: checked[name] for name in _names(given)}
+    changes = {name: checked[name] for name in _names(given)}  # None for a limit that is to be no more
     body = {name: current[name] for name in FIELDS if name in current} | changes
     body |= {"uris": checked["uris"], "options": kept | checked["options"]}
     session.client.daemon_request("PUT", ROUTE, body)
@@ -136,12 +143,14 @@ def update(
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+    """Return the settings that were given, as the configuration file has them: without a limit that is to be none."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: value for name, value in given.items() if name not in _LIMITS or value != "none"}
 
 
 def _names(settings: Mapping[str, Any]) -> set[str]:
-    """Return the API's names of the settings that were given."""
-    return {_API_NAMES.get(name, name) for name in _given(settings)}
+    """Return the API's names of the settings that were given, also as "none"."""
+    return {_API_NAMES.get(name, name) for name, value in settings.items() if value is not None}
 
 
 def to_wire(mount: MountConfig) -> dict[str, Any]:

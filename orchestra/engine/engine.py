@@ -213,7 +213,7 @@ class Engine:
         if priority is Priority.DEMAND and not wanted.is_for_peer:
             for listener in self._listeners:
                 listener(Access(wanted, digest, self.geometry.blocks_of(wanted.byte_range)))
-        if not self._is_kept(digest, wanted, missing[0]):
+        if not self._is_kept(digest, wanted, missing[0], is_asked_for=priority is Priority.LOAD):
             return False  # to fetch what cannot be kept would be to fetch it twice
         return await self._all_of(self._join_or_start(digest, wanted, missing, priority), wanted)
 
@@ -241,12 +241,12 @@ class Engine:
         flight.add_done_callback(partial(self._note_if_stale, wanted))
         return flight
 
-    def _is_kept(self, digest: str, wanted: Wanted, block: int) -> bool:
+    def _is_kept(self, digest: str, wanted: Wanted, block: int, *, is_asked_for: bool = False) -> bool:
         """Whether that block would be kept, going by room, eviction policy, pins, quotas and who owns it."""
         if self.sharing is not None and not self.sharing.may_keep(digest, wanted, block):
             return False
         origin = Origin(wanted.mount.store.store_id, wanted.info.key)
-        return self.blocks.admits(digest, wanted.info.size_bytes, block, origin)
+        return self.blocks.admits(digest, wanted.info.size_bytes, block, origin, is_asked_for=is_asked_for)
 
     async def _all_of(self, flights: set[asyncio.Task[bool]], wanted: Wanted) -> bool:
         try:

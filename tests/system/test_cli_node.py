@@ -60,6 +60,11 @@ def test_stat_and_du_know_what_is_cached(node: FolderNode) -> None:
     after = json.loads(run(node, "stat", "--json", "/data/fresh.bin").stdout)
     assert (after["cached_bytes"], after["cached_percent"]) == (1000, 100)
     assert len(after["where"]) == 1
+    assert after["pinned"] is False
+    run(node, "pin", "/data")
+    assert b"pinned" in run(node, "stat", "/data/fresh.bin").stdout
+    assert json.loads(run(node, "stat", "--json", "/data/fresh.bin").stdout)["pinned"] is True
+    run(node, "unpin", "/data")
     rows = json.loads(run(node, "du", "--json", "/data/fresh.bin").stdout)
     assert rows == [{"path": "/data/fresh.bin", "files": 1, "bytes": 1000, "cached_bytes": 1000}]
 

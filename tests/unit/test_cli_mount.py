@@ -108,6 +108,17 @@ def test_update_keeps_what_is_not_given(client: RecordingClient) -> None:
     assert client.requests == [("PUT", "/v1/mounts", body)]
 
 
+def test_a_limit_is_taken_back_with_none(client: RecordingClient) -> None:
+    """`--quota none` and `--ttl none` send no limit; what is not given stays."""
+    assert main(["mount", "update", "/x", "--quota", "none"]) == 0
+    assert main(["mount", "update", "/x", "--ttl", "none"]) == 0
+    without_quota, without_ttl = (body for _, _, body in client.requests)
+    assert without_quota is not None
+    assert without_ttl is not None
+    assert without_quota["quota_bytes"] is None
+    assert (without_ttl["quota_bytes"], without_ttl["ttl_s"]) == (1 << 30, None)
+
+
 def test_update_of_nothing_is_an_error(client: RecordingClient, capsys: pytest.CaptureFixture[str]) -> None:
     """A path where nothing is mounted is named."""
     assert main(["mount", "update", "/nope", "--readonly"]) == 1

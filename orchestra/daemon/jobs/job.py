@@ -7,8 +7,8 @@ Owns: states, counts, and the two forms in JSON (what is kept on disk, what is t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -102,6 +102,7 @@ class Fit:
     missing_bytes: int
     free_bytes: int
     held_bytes: int
+    is_by_quota: bool = False  # what may be used is less than the cache has, by a mount's quota
 
     @property
     def fits(self) -> bool:
@@ -116,7 +117,17 @@ class Fit:
 
     def __str__(self) -> str:
         needs, free = format_size(self.missing_bytes), format_size(max(0, self.free_bytes))
-        return f"needs {needs}, {free} free: would hold {self.held_percent} %"
+        where = " within its mount's quota" if self.is_by_quota else ""
+        return f"needs {needs}, {free} free{where}: would hold {self.held_percent} %"
+
+
+def within_quotas(whole: Fit, parts: Iterable[Fit]) -> Fit:
+    """Return `whole` less what quotas refuse of it; `parts` are what of it lies in each store that has one."""
+    refused = sum(max(0, part.missing_bytes - max(0, part.free_bytes)) for part in parts)
+    free_bytes = whole.missing_bytes - refused
+    return (
+        replace(whole, free_bytes=free_bytes, is_by_quota=True) if refused and free_bytes < whole.free_bytes else whole
+    )
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock
-from orchestra.daemon.jobs.job import FAILURES_SHOWN_MAX, Fit, Job, JobState
+from orchestra.daemon.jobs.job import FAILURES_SHOWN_MAX, Fit, Job, JobState, within_quotas
 from orchestra.daemon.jobs.journal import FailureFile, Journal
 from orchestra.daemon.jobs.share import Share
 from orchestra.engine.engine import Engine
@@ -116,7 +117,9 @@ class LoadRun:
     async def _plan(self) -> Fit:
         """Count what there is, and what of it is here. Raises what looking at the path raises."""
         job, blocks = self._job, self._tools.blocks
-        files_total = bytes_total = missing = charged = 0
+        files_total = bytes_total = 0
+        missing: Counter[str] = Counter()  # by store
+        charged: Counter[str] = Counter()
         async for page in self._pages(refresh=self._share is None):
             files_total += page.error is not None
             for file in page.files:
@@ -124,15 +127,24 @@ class LoadRun:
                 files_total += self._counts(file)
                 bytes_total += size_bytes
                 lacking = self._touch(file)
-                missing += lacking
-                charged += blocks.charge_of(size_bytes) - lacking
+                store_id = file.wanted.mount.store.store_id
+                missing[store_id] += lacking
+                charged[store_id] += blocks.charge_of(size_bytes) - lacking
             job.files_total, job.bytes_total = files_total, bytes_total
         job.is_planned = True
         held = blocks.statistics()
         # Pinned files of others stay; which of the pinned are ours is not asked, they count as ours as far as they can.
-        others_pinned = max(0, held.pinned_bytes - charged)
-        free = held.used_bytes + blocks.room_bytes() - charged - others_pinned
-        return Fit(missing, free, charged)
+        others_pinned = max(0, held.pinned_bytes - charged.total())
+        free = held.used_bytes + blocks.room_bytes() - charged.total() - others_pinned
+        return within_quotas(Fit(missing.total(), free, charged.total()), self._fits_of_quotas(missing, charged))
+
+    def _fits_of_quotas(self, missing: Counter[str], charged: Counter[str]) -> Iterator[Fit]:
+        for store_id, missing_bytes in missing.items():
+            quota = self._tools.blocks.space.quota_of(store_id)
+            if quota is not None:
+                limit_bytes, _, pinned_bytes = quota
+                held_bytes = charged[store_id]
+                yield Fit(missing_bytes, limit_bytes - held_bytes - max(0, pinned_bytes - held_bytes), held_bytes)
 
     def _touch(self, file: TreeFile) -> int:
         """Return the bytes that the file lacks on disk; what is here counts as used now, so that it does not make room
@@ -155,9 +167,9 @@ class LoadRun:
         self._is_counting = False  # what follows looks at the same files again
         for _ in range(_ROUNDS_MAX):
             if not is_whole or not await self._count_missing():
-                break
+                return is_whole
             is_whole = await self._bring(self._missing_pages())
-        return is_whole
+        return is_whole and not await self._count_missing()
 
     async def _bring(self, pages: AsyncGenerator[Page, None]) -> bool:
         spec, tools = self._job.spec, self._tools
