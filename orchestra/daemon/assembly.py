@@ -16,9 +16,10 @@ from orchestra.blocks.eviction import make_policy
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
+from orchestra.blocks.reader import read_small_file
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
-from orchestra.config import ClusterConfig, Config, FetchConfig
+from orchestra.config import Config, FetchConfig
 from orchestra.daemon.cluster import ClusterNode, secret_of
 from orchestra.daemon.jobs.journal import Journal
 from orchestra.daemon.jobs.load import LoadTools
@@ -107,7 +108,7 @@ def assemble(
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
     nothing: MountTable[OpenedMount] = MountTable([])
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
-    cluster = None if config.cluster is None else _clustered(config, config.cluster, secret, engine, clock)
+    cluster = _clustered(config, layout, secret, engine, clock)
 
     space = _space_admin(layout, blocks, clock)
     open_store, use = open_store or _open_store, partial(_use_mounts, engine, space)
@@ -165,9 +166,12 @@ async def disassemble(node: Node) -> None:
 
 
 def _clustered(
-    config: Config, settings: ClusterConfig, secret: bytes | None, engine: Engine, clock: Clock
-) -> ClusterNode:
+    config: Config, layout: CacheLayout, secret: bytes | None, engine: Engine, clock: Clock
+) -> ClusterNode | None:
     """Make the node's part in its cluster: the engine asks an extent's owners before the store, and others ask it."""
+    settings = config.cluster
+    if settings is None:
+        return None
     geometry = engine.geometry
     block_size = geometry.block_size_bytes
     cluster = ClusterNode(settings, secret, config.cache.size_bytes, clock, block_size_bytes=block_size)
@@ -175,7 +179,12 @@ def _clustered(
     shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
     engine.sharing = ClusterSharing(shared, geometry, replicas=settings.replicas)
     cluster.shared = shared
-    service = PeerService(engine, engine.blocks, geometry, cluster.is_first_owner)
+    boot = boot_id()
+
+    def read_small(digest: str, size_bytes: int) -> bytes | None:
+        return read_small_file(layout.small_file(digest), bytes.fromhex(digest), size_bytes, boot)
+
+    service = PeerService(engine, engine.blocks, geometry, cluster.is_first_owner, read_small)
     replicas = Replicas(cluster, service)
     shared.offer = replicas.offer
     cluster.service, cluster.replicas = service, replicas

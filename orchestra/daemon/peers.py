@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestra.blocks.geometry import Geometry
-from orchestra.blocks.reader import CorruptBlockError, FilePlace, LocalObject
+from orchestra.blocks.reader import FilePlace, LocalObject
 from orchestra.blocks.store import BlockStore
 from orchestra.cluster.peer_wire import Cause, ExtentPart, PeerError
 from orchestra.engine.engine import Engine, Wanted
@@ -68,14 +68,16 @@ class PeerService:
         blocks: BlockStore,
         geometry: Geometry,
         is_first_owner: Callable[[str, int], bool],
+        read_small: Callable[[str, int], bytes | None],
     ) -> None:
-        """`is_first_owner` says of an extent (digest and
-        index) whether this node reads it through without asking others to."""
+        """`read_small` gives a whole small object (digest and size) if it is here and right. `is_first_owner` says of an
+        extent (digest and index) whether this node reads it through without asking others to."""
         self._engine = engine
         self._blocks = blocks
         self._geometry = geometry
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="for-peers")
         self._is_first_owner = is_first_owner
+        self._read_small = read_small
 
     def held(self, part: ExtentPart) -> HeldPart | None:
         """Return those blocks if they are here now. Raises PeerError for what cannot be asked for."""
@@ -120,7 +122,9 @@ class PeerService:
     def may_hold(self, part: ExtentPart) -> bool:
         """Whether there is a file that may hold that small object. Costs no system call. Raises PeerError for what
         cannot be asked for."""
-        self._blocks_of(part)
+        key = part.object_id.key
+        if not self._geometry.is_small(part.size_bytes) or f"/{key}" != _normal(key):
+            raise PeerError(Cause.REFUSED, "no such object of one block")
         return self._blocks.holds(part.digest, part.size_bytes, 0)
 
     async def read_held(self, parts: Sequence[ExtentPart]) -> list[bytes | None]:
@@ -143,13 +147,7 @@ class PeerService:
         return [self._read(part) for part in parts]
 
     def _read(self, part: ExtentPart) -> bytes | None:
-        local = self._blocks.open_object(part.digest, part.size_bytes)
-        try:
-            return local.read_small()
-        except CorruptBlockError:  # the next read finds the same and has it fetched anew
-            return None
-        finally:
-            local.close()
+        return self._read_small(part.digest, part.size_bytes)
 
     async def send(self, socket_fd: int, held: HeldPart) -> int:
         """Send as many of the bytes as the peer takes without a pause; return how many. A thread does it: the disk may

@@ -141,7 +141,7 @@ def test_with_a_secret_bytes_go_to_who_has_it_and_to_nobody_else(tmp_path: Path)
         assert store.bytes_sent == size
         listen = cluster.counts()[0]["node_id"]
         for request in (f"http://{listen}/v1/peer/extents/{'0' * 32}/0?size=1", f"http://{listen}/v1/node/status"):
-            with pytest.raises(urllib.error.HTTPError, match="40[13]"):
+            with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
                 urllib.request.urlopen(request, timeout=5)
         other = tmp_path / "other"
         other.write_text("another secret, of another cluster")
