@@ -134,7 +134,7 @@ def test_a_share_that_does_not_fit_fails_the_load_before_anything_is_fetched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line names the node and its room; --partial loads as much as fits."""
-    with loading_cluster(tmp_path, 2, size="256KiB") as (cluster, store):
+    with loading_cluster(tmp_path, 2, size="512KiB") as (cluster, store):
         status, job = load(cluster.nodes[0], capsys)
         assert (status, job["reason"]) == (1, "space")
         assert str(job["message"]).startswith("node 127.0.0.")
@@ -159,6 +159,24 @@ def test_a_node_killed_in_the_middle_costs_a_round_and_no_file(
         job = json.loads(capsys.readouterr().out)
         assert (job["state"], job["files_done"]) == ("SUCCEEDED", 61)
         assert sum(held(node) for node in cluster.nodes[:2]) == DATASET_BYTES
+
+
+def test_a_leader_killed_in_the_middle_goes_on_when_its_daemon_is_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job has the same id, is carried out by all nodes again, and fetches nothing twice that was there."""
+    with loading_cluster(tmp_path, 3) as (cluster, store):
+        store.hold()
+        assert orchestra(cluster.nodes[0], "load", "/data", "--json") == 0
+        job_id = json.loads(capsys.readouterr().out)["id"]
+        wait_until(lambda: store.waiting_count > 0)
+        cluster.kill(0)
+        store.release()
+        cluster.nodes[0].start()
+        assert orchestra(cluster.nodes[1], "job", "wait", "--json", job_id) == 0
+        job = json.loads(capsys.readouterr().out)
+        assert (job["state"], job["files_done"]) == ("SUCCEEDED", 61)
+        assert sum(held(node) for node in cluster.nodes) >= DATASET_BYTES
 
 
 def test_etcd_tells_of_a_job_whose_node_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ _FINISHED_JOBS_MAX = 100
 # Failures kept of one job: 20 MB of lines. With more, the store is what has to be mended, and a second load finds them.
 FAILURES_KEPT_MAX = 100_000
 # In a cluster a few letters follow that tell the node.
-_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})(-[0-9a-z]{4})?\.json", re.ASCII)
+_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})(-[0-9a-f]{6})?\.json", re.ASCII)
 
 
 class Journal:

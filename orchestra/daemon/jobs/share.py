@@ -27,7 +27,7 @@ class Share:
     replicas_of: Callable[[MountConfig], int]
 
     def of(self, file: TreeFile) -> list[TreeFile]:
-        """Return the runs of the file's bytes that are this node's to load; an empty file is its first owner's."""
+        """Return the extents of the file that are this node's to load; an empty file is its first owner's."""
         size = file.wanted.info.size_bytes
         replicas = self.replicas_of(file.wanted.mount.config) if size else 1
         count, step = max(1, self.geometry.extent_count(size)), self.geometry.extent_size_bytes
@@ -36,10 +36,7 @@ class Share:
             owners = self.ring.owners(extent_key(file.wanted.object_id, index), replicas)
             if all(owner.node_id != self.node_id for owner in owners):
                 continue
-            start, stop = index * step, min(size, (index + 1) * step)
-            if runs and runs[-1].stop == start:
-                start = runs.pop().start
-            runs.append(ByteRange(start, stop))
+            runs.append(ByteRange(index * step, min(size, (index + 1) * step)))
         return [TreeFile(file.path, replace(file.wanted, byte_range=run)) for run in runs]
 
     def counts(self, file: TreeFile) -> bool:

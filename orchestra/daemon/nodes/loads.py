@@ -10,6 +10,7 @@ in the cache what is there already.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
@@ -199,7 +200,7 @@ class ClusterLoad:
         paths, size = [], 0
         for path in listed:
             paths.append(path)
-            size += len(path.encode("utf-8", "surrogateescape")) + 3
+            size += len(json.dumps(path)) + 2
             if size > _PATHS_BYTES_MAX:
                 raise OrchestraError(
                     f"a list of over {format_size(_PATHS_BYTES_MAX)} of paths cannot be sent to all nodes: cut it"
@@ -295,7 +296,9 @@ class ClusterLoad:
             self._end(state, f"node {full.node.node_id} {full.told['message']}", "space")
         else:
             size = format_size(job.bytes_total)
-            self._end(JobState.SUCCEEDED, f"{job.files_total} files, {size} on {len(parts)} nodes", "")
+            self._end(
+                JobState.SUCCEEDED, f"{job.files_total} files, {size} on {len(parts)} node{'s' * (len(parts) > 1)}", ""
+            )
 
     def _enter(self, state: JobState) -> None:
         if self._job.state is not state:

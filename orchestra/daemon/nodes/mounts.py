@@ -91,7 +91,7 @@ class SharedMounts:
     def _mount(self, mounts: tuple[MountConfig, ...]) -> None:
         try:
             self._mounts.share(mounts)
-        except OrchestraError as error:
+        except (OrchestraError, OSError) as error:
             log.error("the cluster's mounts cannot be taken, and stay as they were: %s", error)
             return
         self._known = mounts
