@@ -70,8 +70,8 @@ class PeerService:
         is_first_owner: Callable[[str, int], bool],
         read_small: Callable[[str, int], bytes | None],
     ) -> None:
-        """`read_small` gives a whole small object (digest and size) if it is here and right. `is_first_owner` says of an
-        extent (digest and index) whether this node reads it through without asking others to."""
+        """`read_small` gives a whole small object (digest and size) if it is here and right. `is_first_owner` says of
+        an extent (digest and index) whether this node reads it through without asking others to."""
         self._engine = engine
         self._blocks = blocks
         self._geometry = geometry
