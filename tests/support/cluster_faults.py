@@ -31,6 +31,8 @@ from tests.support.members import EtcdServer
 from tests.support.node import PATIENCE_S, DaemonNode, write_config
 
 PORT = 7420
+# What nodes of a cluster by DNS look for.
+NAME = "nodes.orchestra.test"
 # The data of an epoch: files of one block, and files of several extents with a short last block.
 SMALL_COUNT, SMALL_SIZE = 96, 20_000
 LARGE_COUNT, LARGE_SIZE = 6, 700_000
@@ -46,7 +48,7 @@ class FaultNode(DaemonNode):
 
     def __init__(self, config_path: Path, prefix: Sequence[str]) -> None:
         super().__init__(config_path)
-        self._prefix = prefix
+        self.prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +58,7 @@ class FaultNode(DaemonNode):
 
     def start(self) -> dict[str, Any]:
         """Start the daemon and return its status once it answers."""
-        command = [*self._prefix, sys.executable, "-m", "orchestra", "--config", str(self.config_path), "daemon", "run"]
+        command = [*self.prefix, sys.executable, "-m", "orchestra", "--config", str(self.config_path), "daemon", "run"]
         with (self.config_path.parent / "stderr").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until(self._is_up)
@@ -121,6 +123,18 @@ class FaultCluster(Cluster):
         nodes = self.nodes if of is None else [self.nodes[number] for number in of]
         wait_until(lambda: all(ring_of(node)["nodes"] == count for node in nodes))
 
+    def move(self, number: int, place: int) -> None:
+        """kill -9 a node and start it at the address of another place, with its name and its cache: a pod that was made
+        anew. Whoever lists addresses is told by the test."""
+        node = self.nodes[number]
+        before, after = (f'"{self.network.address(at)}:{PORT}"' for at in (number, place))
+        node.kill()
+        text = node.config_path.read_text()
+        assert before in text
+        node.config_path.write_text(text.replace(before, after))
+        node.prefix = [*self.network.command(place), *node.prefix[len(self.network.command(number)) :]]
+        node.start()
+
     def store_stats(self) -> dict[str, Any]:
         """What the store was asked and sent since the last `forget`."""
         return self.network.at_hub(lambda: self._store.call("/__stats", "GET"))
@@ -153,23 +167,28 @@ def fault_cluster(
     replicas: int = 2,
     passive: bool = False,
     membership: str = "static",
+    hosts: Path | None = None,
+    spare_places: int = 0,
     cluster: Mapping[str, Any] | None = None,
     cache_dirs: Mapping[int, Path] | None = None,
     fetch: Mapping[str, Any] | None = None,
 ) -> Iterator[FaultCluster]:
     """`count` nodes below `root` that mount the store at /data, and keep no copy of what they do not own unless
-    `passive`. Nothing runs before `start`; everything has ended and is removed in the end."""
+    `passive`. Nothing runs before `start`; everything has ended and is removed in the end. With `dns` they look for
+    one another under NAME, as the file `hosts` has it, which is /etc/hosts for them."""
     secret = root / "secret"
     secret.write_bytes(os.urandom(32).hex().encode())
     secret.chmod(0o600)
     with ExitStack() as stack:
-        net = stack.enter_context(network(count))
+        net = stack.enter_context(network(count + spare_places))
         datasets = [f"small:{SMALL_COUNT}x{SMALL_SIZE}", f"large:{LARGE_COUNT}x{LARGE_SIZE}"]
         arguments = [word for dataset in datasets for word in ("--dataset", dataset)]
         store = stack.enter_context(running_origin(*arguments, "--host", net.hub_address, prefix=net.hub_command))
         addresses = [f"{net.address(number)}:{PORT}" for number in range(count)]
         etcd = stack.enter_context(_etcd(root, net)) if membership == "etcd" else None
-        source = {"nodes": addresses} if etcd is None else {"endpoints": [etcd.endpoint]}
+        source: dict[str, Any] = {"nodes": addresses} if etcd is None else {"endpoints": [etcd.endpoint]}
+        source = {"name": NAME} if membership == "dns" else source
+        prefix = () if hosts is None else _with_hosts(hosts)
         mount = {
             **{"path": "/data", "uri": "s3://bench", "prefetch": "none", "freshness": "immutable"},
             "replication": {"min": replicas, "passive": passive},
@@ -192,9 +211,14 @@ def fault_cluster(
                 fetch=fetch,
                 cluster=table,
             )
-            nodes.append(FaultNode(folder / "orchestra.toml", net.command(number)))
+            nodes.append(FaultNode(folder / "orchestra.toml", (*net.command(number), *prefix)))
         stack.callback(lambda: at_once(*(node.close for node in nodes)))
         yield FaultCluster(nodes, net, store, etcd)
+
+
+def _with_hosts(hosts: Path) -> tuple[str, ...]:
+    """What to put in front of a command that is to find this file at /etc/hosts."""
+    return ("unshare", "--mount", "sh", "-c", f'mount --bind {hosts} /etc/hosts && exec "$@"', "sh")
 
 
 @contextmanager
