@@ -10,7 +10,7 @@ files (tables), what is larger than memory (streamed), copies to a GPU (device).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,10 @@ class TensorBatches:
         self.drop_last = drop_last
         self.device = None if device is None else torch.device(device)
         columns = _Columns(features, target, dtype, config)
+        self._given = 0  # batches of the epoch under way
+        self._passed_over = 0  # of the next one, which goes on where a loaded state was taken
+        self._began: torch.Tensor | None = None  # the generator's state as the epoch under way began
+        self._resumed: torch.Tensor | None = None  # and as the one to be resumed did
         self._rows: _Held | RowStream
         if buffer_rows is None:
             self._rows = _Held(_load(sources, columns))
@@ -108,13 +112,57 @@ class TensorBatches:
         return self._rows.tensors
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        batches = self._batches()
-        return batches if self.device is None else prefetch_to_device(batches, self.device)
+        if self._resumed is not None and self.generator is not None:
+            self.generator.set_state(self._resumed)
+        first, self._passed_over, self._resumed = self._passed_over, 0, None
+        self._began = None if self.generator is None else self.generator.get_state()
+        batches = self._batches(first)
+        self._given = first
+        for batch in batches if self.device is None else prefetch_to_device(batches, self.device):
+            self._given += 1
+            yield batch
+        self._given, self._began = 0, None
 
-    def _batches(self) -> Iterator[list[torch.Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return where this rank is in its epoch: how many batches were given, and the generator as the epoch began.
+
+        Raises UsageError if they are shuffled without a generator: then nobody can draw that order again.
+        """
+        if self.shuffle and self.generator is None:
+            raise UsageError("state of shuffled batches: give a generator=, which can draw an order again")
+        began = self._resumed if self._resumed is not None else self._began
+        if began is None and self.generator is not None:
+            began = self.generator.get_state()
+        return {**self._identity(), "batches": self._given, "generator": began}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Have the next iteration give the rest of that epoch, batch for batch; epochs after it are whole again.
+
+        What is passed over is not gathered; with `buffer_rows` it is read. Raises UsageError unless the state was taken
+        of as many rows, in batches as large, on the same rank of as many.
+        """
+        mine = self._identity()
+        for name, value in mine.items():
+            if state.get(name) != value:
+                raise UsageError(f"the state was taken with {name} {state.get(name)!r}, here it is {value!r}")
+        self._given = self._passed_over = int(state["batches"])
+        self._resumed = state["generator"]
+
+    def _identity(self) -> dict[str, Any]:
+        share = self._share
+        return {
+            "rows": self.row_count,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "rank": share.rank,
+            "world_size": share.world_size,
+        }
+
+    def _batches(self, first: int) -> Iterator[list[torch.Tensor]]:
         # DataLoader draws a number for its workers before anything else; drawn here too, so that what follows is alike.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
-        yield from self._rows.batches(self.batch_size, self.shuffle, self.generator, self._share)
+        yield from self._rows.batches(self.batch_size, self.shuffle, self.generator, self._share, first)
 
 
 class _Held:
@@ -129,19 +177,20 @@ class _Held:
         self.row_count = lengths.pop()
 
     def batches(
-        self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share
+        self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share, first: int
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield the batches of an epoch of that share."""
+        """Yield the batches of an epoch of that share, from batch number `first` on."""
+        begin = first * size
         stop = share.given_count(self.row_count, size)
         if not shuffle and share.is_whole:
-            yield from _cut([tensor[:stop] for tensor in self.tensors], size)
+            yield from _cut([tensor[begin:stop] for tensor in self.tensors], size)
             return
         order = permutation(self.row_count, generator) if shuffle else torch.arange(self.row_count)
         if not share.is_whole:
             order = share.taken_from(order)
         row_bytes = sum(tensor[:1].nbytes for tensor in self.tensors)
         step = size * max(1, _GATHER_BYTES // max(1, row_bytes * size))
-        for start in range(0, stop, step):
+        for start in range(begin, stop, step):
             chosen = order[start : min(start + step, stop)]
             yield from _cut([_gathered(tensor, chosen) for tensor in self.tensors], size)
         if shuffle:

@@ -63,9 +63,15 @@ class RowStream:
         self.row_count = sum(group.row_count for group in self._groups)
 
     def batches(
+        self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share, first: int
+    ) -> Iterator[list[torch.Tensor]]:
+        """Yield the batches of an epoch of that share, from batch number `first` on; every one but the last has `size`
+        rows. Those before are read all the same."""
+        return itertools.islice(self._all_batches(size, shuffle, generator, share), first, None)
+
+    def _all_batches(
         self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share
     ) -> Iterator[list[torch.Tensor]]:
-        """Yield the batches of an epoch of that share; every one but the last has `size` rows."""
         rest: list[torch.Tensor] | None = None
         left = share.given_count(self.row_count, size)
         for buffer in self._buffers(shuffle, generator, share):
