@@ -151,6 +151,8 @@ class BareClient(Contestant):
 class OrchestraNode(Contestant):
     """A node of orchestra: daemon with a cache directory of its own."""
 
+    mount_settings = ""  # more lines of the mount's table
+
     def start(self) -> None:
         self.config = self.folder / "orchestra.toml"
         self.config.write_text(
@@ -166,6 +168,7 @@ path = "/{BUCKET}"
 uri = "s3://{BUCKET}"
 readonly = true
 freshness = "1h"
+{self.mount_settings}
 options = {{ endpoint_url = "{self.origin_url}", key = "${{BENCH_KEY}}", secret = "${{BENCH_SECRET}}" }}
 """
         )

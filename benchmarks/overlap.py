@@ -85,7 +85,7 @@ class DatasetMount(OrchestraMount, Trainer):
     """orchestra as a folder with prefetch = "dataset"; nothing in the script knows."""
 
     name = 'orchestra mount, prefetch = "dataset"'
-    prefetch = "dataset"
+    mount_settings = 'prefetch = "dataset"'
     epochs = 2
     turns_max = 99
 
@@ -101,24 +101,12 @@ class DatasetMount(OrchestraMount, Trainer):
         """Return what the daemon says of itself."""
         return dict(json.loads(self.orchestra("daemon", "status", "--json")))
 
-    def start(self) -> None:
-        super().start()
-        text = self.config.read_text()
-        self.orchestra("fuse", "umount", str(self.mountpoint))
-        self.orchestra("daemon", "stop")
-        self.config.write_text(text.replace('freshness = "1h"', f'freshness = "1h"\nprefetch = "{self.prefetch}"'))
-        self.orchestra("daemon", "start")
-        self.daemon_pid = int(json.loads(self.orchestra("daemon", "status", "--json"))["pid"])
-        self.orchestra("fuse", "mount", "--mode", self.mode, str(self.mountpoint))
-        mounts = json.loads(self.orchestra("fuse", "ls", "--json"))
-        self.mount_pid = next(int(m["pid"]) for m in mounts if m["folder"] == str(self.mountpoint))
-
 
 class OnDemandMount(DatasetMount):
     """The same without prefetch, for comparison."""
 
     name = 'orchestra mount, prefetch = "none"'
-    prefetch = "none"
+    mount_settings = 'prefetch = "none"'
     epochs = turns_max = 1
 
     def check(self) -> None:
