@@ -44,6 +44,7 @@ class ProbingDriver:
         self._settings = ProbeSettings() if settings is None else settings
         self._liveness = Liveness(own, self._settings.silent_max)
         self._session: aiohttp.ClientSession | None = None
+        self._namesakes: set[str] = set()
 
     async def run(self, deliver: Deliver) -> None:
         """See MembershipDriver. An address list that cannot be had leaves the last one in use."""
@@ -98,7 +99,19 @@ class ProbingDriver:
             _log.debug("no answer from %s: %s", address, error or type(error).__name__)
             self._deliver(deliver, self._liveness.silent(address))
             return
+        self._check_name(address, record)
         self._deliver(deliver, self._liveness.answered(address, record))
+
+    def _check_name(self, address: str, record: NodeRecord) -> None:
+        """Say, once, that another process goes by this node's name: both would think that they own the same extents."""
+        own = self._own
+        if record.node_id != own.node_id or record.instance == own.instance or address in self._namesakes:
+            return
+        self._namesakes.add(address)
+        _log.error(
+            "the node at %s is called %s as well, as this one at %s: give one of them another cluster.node_id",
+            *(address, own.node_id, own.address),
+        )
 
     @staticmethod
     def _deliver(deliver: Deliver, changed: Changed | None) -> None:

@@ -29,7 +29,7 @@ class Peer:
 
     def __init__(self, node_id: str, port: int) -> None:
         self.address = f"127.0.0.1:{port}"
-        self.record = NodeRecord(node_id, self.address, 50 * GIB, incarnation=1)
+        self.record = NodeRecord(node_id, self.address, 50 * GIB, incarnation=1, instance="a peer's")
         self.body: bytes | None = encode_record(self.record)
         self.probes = 0
         self.released = asyncio.Event()
@@ -95,6 +95,21 @@ async def test_a_page_that_is_no_record_is_silence(body: bytes) -> None:
         async with running(OWN, ProbingDriver(OWN, listed([lying.address, well.address]), SETTINGS)) as member:
             await member.wait_for_names("a", "c")
             assert member.heard(Connect) == 1
+
+
+async def test_another_process_under_this_nodes_name_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Two nodes that were given one node_id: the log says where the other one is, once, and it is on no ring."""
+    async with peer("a") as twin:
+        driver = ProbingDriver(OWN, listed([twin.address]), SETTINGS)
+        async with running(OWN, driver) as heard:
+            async with asyncio.timeout(10):
+                while twin.probes < 3:
+                    await asyncio.sleep(0)
+            assert heard.names == ["a"]
+            assert heard.heard(Connect) == 0
+    said = [record.getMessage() for record in caplog.records if "is called a as well" in record.getMessage()]
+    assert len(said) == 1
+    assert twin.address in said[0]
 
 
 async def test_a_name_that_resolves_to_other_addresses_is_followed() -> None:
