@@ -6,6 +6,7 @@ import asyncio
 import random
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from orchestra.client.plans import PlanPublisher
 from orchestra.config import FetchConfig
+from orchestra.daemon.jobs.job import Job, LoadSpec
 from orchestra.errors import StoreUnavailableError
 from orchestra.testing.fault_store import Fail, FaultStore, Stall
 from orchestra.values import ByteRange
@@ -165,6 +167,58 @@ def test_requests_in_flight_are_bounded(tmp_path: Path, store: VersionedStore) -
         node.loop.call_soon_threadsafe(stall.release)
         settled(node)
         assert node.node.plans.status()[0]["fetched"] == COUNT
+        publisher.close()
+
+
+def test_a_plan_begins_with_a_batch_in_flight_and_a_load_beside_it_with_two(
+    tmp_path: Path, store: VersionedStore
+) -> None:
+    """A store that may have 128 requests gets 16 of a plan at first, lest the next file waits behind later ones; and
+    two of a load, as somebody waits for the plan's."""
+    for number in range(COUNT):
+        store.put(f"other/f{number}", data_of(f"other {number}", BLOCK))
+    faults = FaultStore(store)
+    stall = faults.inject(Stall(), on="read", times=None)
+    with thread_node(tmp_path, faults) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, array("I", range(COUNT)))
+        wait(node, lambda: stall.fired == 16)
+        job = node.run(_submitted(node, "/data/other"))
+        wait(node, lambda: stall.fired == 18)
+        assert node.node.plans.status()[0]["in_flight"] == 16
+        assert node.node.plans.bytes_in_flight == 16 * BLOCK
+        node.loop.call_soon_threadsafe(stall.release)
+        settled(node)
+        wait(node, lambda: job.state.is_over)
+        assert (job.files_done, len(store.reads)) == (COUNT, 2 * COUNT)
+        publisher.close()
+
+
+def _is_here(node: ThreadNode, path: str) -> bool:
+    return any(origin is not None and origin.key == path[6:] for _, origin in node.node.blocks.space.origins())
+
+
+async def _submitted(node: ThreadNode, path: str) -> Job:
+    return node.node.jobs.submit(LoadSpec(path))
+
+
+def test_a_reader_no_quicker_than_the_store_misses_nothing(tmp_path: Path, store: VersionedStore) -> None:
+    """Two epochs of a reader that takes each file when it is there: all of them come without being asked for, once."""
+    misses: list[str] = []
+    with thread_node(tmp_path, store) as node:
+        client = node.client()
+        client.list("/data")
+        node.node.engine.on_access(lambda access: misses.append(access.wanted.info.key))
+        publisher = PlanPublisher(node.config, PATHS)
+        for epoch in range(2):
+            wanted = shuffled(epoch)
+            publisher.publish(epoch, wanted)
+            for step, index in enumerate(wanted):
+                publisher.move(epoch, step)
+                wait(node, partial(_is_here, node, PATHS[index]))
+                assert client.read_file(PATHS[index]) == data_of(PATHS[index][6:], BLOCK)
+        assert (misses, len(store.reads)) == ([], COUNT)
         publisher.close()
 
 
