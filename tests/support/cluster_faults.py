@@ -174,8 +174,8 @@ def fault_cluster(
     fetch: Mapping[str, Any] | None = None,
 ) -> Iterator[FaultCluster]:
     """`count` nodes below `root` that mount the store at /data, and keep no copy of what they do not own unless
-    `passive`. Nothing runs before `start`; everything has ended and is removed in the end. With `dns` they look for
-    one another under NAME, as the file `hosts` has it, which is /etc/hosts for them."""
+    `passive`. Nothing runs before `start`; everything has ended in the end, and no daemon met a bug. With `dns` they
+    look for one another under NAME, as the file `hosts` has it, which is /etc/hosts for them."""
     secret = root / "secret"
     secret.write_bytes(os.urandom(32).hex().encode())
     secret.chmod(0o600)
@@ -214,6 +214,8 @@ def fault_cluster(
             nodes.append(FaultNode(folder / "orchestra.toml", (*net.command(number), *prefix)))
         stack.callback(lambda: at_once(*(node.close for node in nodes)))
         yield FaultCluster(nodes, net, store, etcd)
+    for node in nodes:
+        assert "Traceback" not in node.log, node.log[-5000:]
 
 
 def _with_hosts(hosts: Path) -> tuple[str, ...]:

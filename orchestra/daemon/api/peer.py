@@ -154,7 +154,8 @@ class PeerConnection(asyncio.Protocol):
         self._activity.begin()
         try:
             await self._answer_or_refuse(asked, body)
-        except (OSError, TimeoutError) as error:
+        # The last one is what asyncio makes of any error of a first sendfile, also that the peer is gone.
+        except (OSError, TimeoutError, asyncio.SendfileNotAvailableError) as error:
             log.debug("an answer could not be sent: %s", error)
             self._abort()
         except asyncio.CancelledError:
