@@ -22,6 +22,7 @@ from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
 from orchestra.client.many import read_many
+from orchestra.client.memory import keep_freed_memory
 from orchestra.client.process import start_daemon
 from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
@@ -218,6 +219,7 @@ class NodeClient:
 
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Client."""
+        keep_freed_memory()
         if not start and stop is None:
             data = self._small_reads().read(path)
             if data is not None:
