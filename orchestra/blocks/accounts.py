@@ -8,6 +8,8 @@ A pinned extent is in no policy's order, so nothing ever looks at it in search o
 policy of its own beside the common one: each knows the order in which it would evict.
 """
 
+# Over 500 lines: the limits are looked at together, so that what one of them makes leave counts for the next.
+
 from __future__ import annotations
 
 import os
@@ -15,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from orchestra.blocks.copies import Copies
 from orchestra.blocks.eviction import EvictionPolicy, LruPolicy, PlanPolicy
 from orchestra.blocks.index import BlockIndex, IndexRow
 from orchestra.blocks.rules import Origin, SpaceRules
@@ -82,10 +85,12 @@ class Victims:
 
     of_quota: list[str] = field(default_factory=list)
     of_all: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)  # of what other nodes own: in no policy's order
 
     def __iter__(self) -> Iterator[str]:
         yield from self.of_quota
         yield from self.of_all
+        yield from self.copies
 
 
 class Accounts:
@@ -106,6 +111,7 @@ class Accounts:
         self._make_policy = make_policy
         self._clock = clock or SystemClock()
         self._rules = SpaceRules()
+        self.copies = Copies()
         self._held: dict[str, _Held] = {}
         self._all = _Space(policy)
         self._quotas: dict[str, _Space] = {}
@@ -262,8 +268,16 @@ class Accounts:
             victims.of_quota.extend(self._choose(quota, short, size_bytes, busy, name))
         freed = sum(self._held[victim].size_bytes for victim in victims.of_quota)
         short = size_bytes + self._all.reserved_bytes - self._limit.room_bytes(self.used_bytes) - freed
-        victims.of_all.extend(self._choose(self._all, short, size_bytes, _Both(busy, set(victims.of_quota)), name))
+        if short > 0 and name in self.copies and not self._is_wanted(name):
+            raise NotAdmittedError("a copy of what another node owns takes only space that is free")
+        victims.copies.extend(self.copies.first(short, _Both(busy, set(victims.of_quota)), self._unpinned_bytes))
+        short -= sum(self._held[victim].size_bytes for victim in victims.copies)
+        leaving = {*victims.of_quota, *victims.copies}
+        victims.of_all.extend(self._choose(self._all, short, size_bytes, _Both(busy, leaving), name))
         return victims
+
+    def _unpinned_bytes(self, name: str) -> int:
+        return 0 if self.is_pinned(name) else self._held[name].size_bytes
 
     def _choose(self, space: _Space, short: int, size_bytes: int, busy: Container[str], name: str) -> list[str]:
         if short <= 0:
@@ -355,6 +369,7 @@ class Accounts:
         held = self._held.get(name)
         if held is None:
             held = self._held[name] = _Held(origin=self._expected.get(digest_of(name)))
+            self.copies.enter(name)
             self._enter(name)
         elif held.origin is None and digest_of(name) in self._expected:  # now it is known whose it is
             self._leave(name)
@@ -388,6 +403,7 @@ class Accounts:
         if name not in self._held:
             return 0
         self._leave(name)
+        self.copies.leave(name)
         self._changed.discard(name)
         self._removed.add(name)
         return self._held.pop(name).size_bytes

@@ -51,6 +51,12 @@ class BlockSpace:
         with self._lock:
             self._accounts.set_rules(rules)
 
+    def expect_copies(self, names: Iterable[str], *, is_copy: bool) -> None:
+        """These extents, about to be written or read, are copies of what another node owns, or this node's own."""
+        with self._lock:
+            for name in names:
+                self._accounts.copies.expect(name, is_copy=is_copy)
+
     def free(self, is_wanted: Callable[[Origin | None], bool], *, pinned: bool = False) -> Freed:
         """Drop the extents whose origin `is_wanted`, but for those being written this moment, and pinned ones unless
         `pinned`. Readers that have them open keep valid bytes."""

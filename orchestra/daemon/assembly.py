@@ -177,7 +177,7 @@ def _clustered(
     cluster = ClusterNode(settings, secret, config.cache.size_bytes, clock, block_size_bytes=block_size)
     between = ByteBudget(config.fetch.in_flight_bytes_max)
     shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
-    engine.sharing = ClusterSharing(shared, geometry, replicas=settings.replicas)
+    engine.sharing = ClusterSharing(shared, engine.blocks, geometry, replicas=settings.replicas)
     cluster.shared = shared
     boot = boot_id()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.store import BlockStore
 from orchestra.cluster.peer_wire import ExtentPart
 from orchestra.config import MountConfig
 from orchestra.fetch.budget import Priority
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 class ClusterSharing:
     """See engine.Sharing. One event loop."""
 
-    def __init__(self, shared: SharedFetcher, geometry: Geometry, *, replicas: int) -> None:
+    def __init__(self, shared: SharedFetcher, blocks: BlockStore, geometry: Geometry, *, replicas: int) -> None:
         """`replicas` holds for mounts that do not say."""
         self._shared = shared
+        self._blocks = blocks
         self._geometry = geometry
         self._replicas = replicas
 
@@ -36,12 +38,13 @@ class ClusterSharing:
         return self._replicas if replication is None or replication.min is None else replication.min
 
     def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
-        """See engine.Sharing: owners do; others where the mount allows passive copies."""
-        replication = wanted.mount.config.replication
-        if replication is None or replication.passive:
-            return True
+        """See engine.Sharing: owners do; others where the mount allows passive copies, in space that is free."""
+        mount = wanted.mount.config
         extent = block // self._geometry.blocks_per_extent
-        return self._shared.is_owner(digest, extent, self.replicas_of(wanted.mount.config))
+        is_owner = self._shared.is_owner(digest, extent, self.replicas_of(mount))
+        names = self._blocks.names_of(digest, wanted.info.size_bytes, range(block, block + 1))
+        self._blocks.space.expect_copies(names, is_copy=not is_owner)
+        return is_owner or mount.replication is None or mount.replication.passive
 
     def cut(self, parts: Iterable[range]) -> Iterator[range]:
         """See engine.Sharing."""

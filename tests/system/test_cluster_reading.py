@@ -179,3 +179,21 @@ def test_ufs_fallback_fail_keeps_readers_off_the_store(tmp_path: Path) -> None:
                 assert "cluster.ufs_fallback is fail" in str(error)
                 outcomes.append(False)
         assert {True, False} == set(outcomes)
+
+
+def test_a_data_set_larger_than_any_node_fits_the_cluster(tmp_path: Path) -> None:
+    """Two nodes with room for 85 % of the files each, and each reads all of them, twice: copies of the other's files
+    leave for what a node owns, so the store is asked for each byte once."""
+    draw = random.Random(7)
+    files = {f"{number:03}": draw.randbytes(BLOCK // 2 + draw.randrange(BLOCK // 2)) for number in range(80)}
+    room = f"{int(sum(map(len, files.values())) * 0.85) // 1024}KiB"
+    cache = {"size": room, "block_size": "64KiB", "extent_size": "256KiB"}
+    with counting_server() as store:
+        store.files |= files
+        mounts = [{"path": "/data", "uri": store.url, "prefetch": "none"}]
+        with cluster_of(tmp_path, 2, mounts=mounts, cache=cache) as cluster:
+            cluster.start()
+            for epoch in range(2):
+                for index in range(2):
+                    read_all(cluster, index, store, 10 * epoch + index)
+            assert store.bytes_sent == sum(map(len, files.values()))

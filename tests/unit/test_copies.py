@@ -1,0 +1,61 @@
+"""Copies of what other nodes own: they take free space, and leave before anything that this node owns."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestra.blocks.accounts import Accounts, NotAdmittedError, SpaceLimit
+from orchestra.blocks.eviction import NeverPolicy
+from orchestra.blocks.rules import Origin, SpaceRules
+from orchestra.units import GIB
+from tests.support.cache import full_disk
+
+A, B, C, D = (f"{index:032x}" for index in range(4))
+
+
+def books_with(copies: dict[str, int], own: dict[str, int], capacity: int = 100) -> Accounts:
+    """Accounts whose policy lets nothing in once the cache is full."""
+    books = Accounts(NeverPolicy(), SpaceLimit(capacity, 0.0, full_disk(free_bytes=GIB)))
+    for name, size in copies.items():
+        books.expect(name, Origin("s3://x/", name))
+        books.copies.expect(name, is_copy=True)
+        books.grow(name, size)
+    for name, size in own.items():
+        books.grow(name, size)
+    return books
+
+
+def test_copies_leave_for_what_the_node_owns_whatever_the_policy_says() -> None:
+    """Oldest first, as many as are needed; what is owned stays."""
+    books = books_with({A: 40, B: 40}, {C: 20})
+    victims = books.choose_victims(30, (), D)
+    assert list(victims) == [A]
+    books.evict(victims)
+    assert [books.remove(name) for name in victims] == [40]
+    assert list(books.choose_victims(60, (), D)) == [B]
+
+
+def test_a_copy_displaces_nothing() -> None:
+    """Neither what is owned nor another copy; where there is room it is kept."""
+    books = books_with({A: 40}, {B: 40})
+    books.copies.expect(C, is_copy=True)
+    assert list(books.choose_victims(20, (), C)) == []
+    with pytest.raises(NotAdmittedError):
+        books.choose_victims(30, (), C)
+
+
+def test_copies_that_are_busy_or_pinned_stay() -> None:
+    """The policy is asked then, and refuses here."""
+    books = books_with({A: 50, B: 50}, {})
+    books.set_rules(SpaceRules(pins=frozenset({("s3://x/", A)})))
+    assert list(books.choose_victims(30, (), C)) == [B]
+    with pytest.raises(NotAdmittedError):
+        books.choose_victims(30, {B}, C)
+
+
+def test_what_this_node_comes_to_own_is_no_copy_any_more() -> None:
+    """The ring changed: the extent is this node's now, and does not leave for others."""
+    books = books_with({A: 60}, {B: 40})
+    books.copies.expect(A, is_copy=False)
+    with pytest.raises(NotAdmittedError):
+        books.choose_victims(30, (), C)
