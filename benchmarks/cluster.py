@@ -253,10 +253,10 @@ def bench_peers(folder: Path, origin: OriginProcess, dataset: Dataset, turns: in
                 return timed(lambda: raw.read(requests), raw.process.pid)
 
             blocks = _turns({"peer": by_peer, "sendfile": by_sendfile}, turns)
-            few = tiny[:: max(1, len(tiny) // 300)]
+            few, many = tiny[:: max(1, len(tiny) // 1000)], tiny * 3
             objects = _turns(
                 {
-                    "batches": lambda: timed(lambda: runner.run(peer.batched(tiny)), pid),
+                    "batches": lambda: timed(lambda: runner.run(peer.batched(many)), pid),
                     "one by one": lambda: timed(lambda: runner.run(peer.alone(few, 1)), pid),
                     f"{CONNECTIONS} at a time": lambda: timed(lambda: runner.run(peer.alone(few, CONNECTIONS)), pid),
                 },
@@ -265,7 +265,7 @@ def bench_peers(folder: Path, origin: OriginProcess, dataset: Dataset, turns: in
             peer.client.close_idle()
         raw.close()
     gib = sum(length for _, _, length in requests) / GIB
-    counts = {"batches": len(tiny), "one by one": len(few), f"{CONNECTIONS} at a time": len(few)}
+    counts = {"batches": len(many), "one by one": len(few), f"{CONNECTIONS} at a time": len(few)}
     return [*_block_lines(blocks, gib), "", *_object_lines(objects, counts)]
 
 
