@@ -106,7 +106,7 @@ def test_failures_are_one_list_and_can_be_retried(tmp_path: Path, capsys: pytest
         assert isinstance(failures, list)
         assert sorted(one["path"] for one in failures) == ["/data/large", "/data/small/001", "/data/small/002"]
         store.broken = set()
-        status, job = load(cluster.nodes[0], capsys, "--retry")
+        status, job = load(cluster.nodes[1], capsys, "--retry")  # from another node than the one that led
         assert (status, job["files_total"], job["files_done"]) == (0, 3, 3), job["message"]
         assert sum(held(node) for node in cluster.nodes) == DATASET_BYTES
 
@@ -122,6 +122,8 @@ def test_jobs_are_listed_followed_and_stopped_from_any_node(tmp_path: Path, caps
             assert [one["id"] for one in json.loads(capsys.readouterr().out)] == [job_id]
             assert orchestra(node, "job", "status", job_id) == 0
             assert "RUNNING" in capsys.readouterr().out
+            assert orchestra(node, "load", "/data", "--json") == 0, "a load that is under way is that job"
+            assert json.loads(capsys.readouterr().out)["id"] == job_id
         assert orchestra(cluster.nodes[2], "job", "stop", job_id) == 0
         assert "STOPPED" in capsys.readouterr().out
         store.release()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from aiohttp import web
 
 from orchestra.daemon.api.context import NODE, answer, body_of, typed
-from orchestra.daemon.jobs.job import Job, spec_from_json
+from orchestra.daemon.jobs.job import Job, LoadSpec, spec_from_json
+from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.nodes.jobs import ROUTE
 from orchestra.errors import UsageError
 
@@ -24,6 +27,7 @@ def add_routes(app: web.Application) -> None:
 def add_own_routes(app: web.Application) -> None:
     """Add the routes that other nodes of the cluster ask: about this node's jobs alone."""
     app.router.add_get(ROUTE, list_own_jobs)
+    app.router.add_post(ROUTE, retry_own_load)
     app.router.add_get(ROUTE + "/{id}", own_job_status)
     app.router.add_post(ROUTE + "/{id}/stop", stop_own_job)
 
@@ -53,14 +57,35 @@ async def start_load(request: web.Request) -> web.Response:
     spec = spec_from_json({**body, "retry_of": ""})
     if spec.replicas and request.app[NODE].nodes is None:
         raise UsageError("replicas: this machine stands alone; more than one copy needs a table [cluster]")
+    control = request.app[NODE].nodes
     if typed(body, "retry", bool, False):
-        last = jobs.last_of(spec.path)
-        if not last.state.is_over:
-            return answer(last.to_json())
-        if not last.files_failed:
-            raise UsageError(f"nothing to retry: no file failed in job {last.job_id} of {spec.path}")
-        spec = spec_from_json({**body, "is_listed": False, "retry_of": last.job_id})
+        if control is not None:
+            own_s = jobs.last_of(spec.path).created_s if jobs.has_path(spec.path) else 0.0
+            retried = await control.jobs.retry(spec.to_json(), newer_than_s=own_s)
+            if retried is not None:
+                return answer(retried)
+        return answer(_retry(jobs, spec).to_json())
+    if control is not None and not spec.is_listed and not jobs.has_path(spec.path, running=True):
+        led = await control.jobs.running(spec.path)
+        if led is not None:
+            return answer(led)
     return answer(jobs.submit(spec, list_file=list_file).to_json())
+
+
+async def retry_own_load(request: web.Request) -> web.Response:
+    """POST as for `start_load` with `retry`, asked by another node: of the last load that this node led."""
+    spec = spec_from_json({**await body_of(request), "is_listed": False, "retry_of": ""})
+    return answer(_retry(request.app[NODE].jobs, spec).to_json())
+
+
+def _retry(jobs: JobRunner, spec: LoadSpec) -> Job:
+    """Load what failed in the last load of that path, or join it while it runs."""
+    last = jobs.last_of(spec.path)
+    if not last.state.is_over:
+        return last
+    if not last.files_failed:
+        raise UsageError(f"nothing to retry: no file failed in job {last.job_id} of {spec.path}")
+    return jobs.submit(dataclasses.replace(spec, is_listed=False, retry_of=last.job_id))
 
 
 async def job_status(request: web.Request) -> web.Response:

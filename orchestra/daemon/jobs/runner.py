@@ -106,6 +106,10 @@ class JobRunner:
         """Whether that is a job of this node."""
         return job_id in self._jobs
 
+    def has_path(self, path: str, *, running: bool = False) -> bool:
+        """Whether this node has a load of `path` (one that is under way)."""
+        return any(job.spec.path == path and not (running and job.state.is_over) for job in self._jobs.values())
+
     def all(self) -> list[Job]:
         """Return all jobs, oldest first."""
         return list(self._jobs.values())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from orchestra.blocks.geometry import Geometry
-from orchestra.cluster.ring import Ring, extent_key
+from orchestra.cluster.ring import Ring, digest_key, extent_key
 from orchestra.config import MountConfig
 from orchestra.prefetch.tree import TreeFile
 from orchestra.values import ByteRange
@@ -32,8 +32,9 @@ class Share:
         replicas = self.replicas_of(file.wanted.mount.config) if size else 1
         count, step = max(1, self.geometry.extent_count(size)), self.geometry.extent_size_bytes
         runs: list[ByteRange] = []
+        digest = file.wanted.object_id.digest()
         for index in range(count):
-            owners = self.ring.owners(extent_key(file.wanted.object_id, index), replicas)
+            owners = self.ring.owners(digest_key(digest, index), replicas)
             if all(owner.node_id != self.node_id for owner in owners):
                 continue
             runs.append(ByteRange(index * step, min(size, (index + 1) * step)))

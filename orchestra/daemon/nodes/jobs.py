@@ -68,11 +68,8 @@ class SharedJobs:
 
     async def all(self) -> list[dict[str, Any]]:
         """Return the jobs of all nodes, oldest first; of a node that does not answer what etcd has of them."""
-        answers = await self._calls.ask_all(self._others(), lambda node: self._calls.ask(node, "GET", ROUTE))
         found = {job["id"]: job for job in self._in_etcd()}
-        for answer in answers:
-            if not isinstance(answer, OrchestraError) and isinstance(answer.get("jobs"), list):
-                found |= {job["id"]: job for job in answer["jobs"]}
+        found |= {job["id"]: job for _, job in await self._of_others()}
         found |= {job.job_id: job.to_json() for job in self._jobs.all()}
         return sorted(found.values(), key=lambda job: (job["created_s"], job["id"]))
 
@@ -87,6 +84,33 @@ class SharedJobs:
                     await asyncio.sleep(wait_s)
                     return job
             raise
+
+    async def running(self, path: str) -> dict[str, Any] | None:
+        """Return the load of `path` that another node leads just now, None where there is none."""
+        for _, job in await self._of_others():
+            if job["path"] == path and not (job["is_listed"] or job["retry_of"] or JobState(job["state"]).is_over):
+                return job
+        return None
+
+    async def retry(self, spec: dict[str, Any], *, newer_than_s: float) -> dict[str, Any] | None:
+        """Have the node that led the newest load of the path load what failed in it; return the job, None where no
+        other node led one that is newer. Raises what that node answers."""
+        led = [
+            (job["created_s"], node.node_id, node)
+            for node, job in await self._of_others()
+            if job["path"] == spec["path"] and job["created_s"] > newer_than_s
+        ]
+        return await self._calls.ask(max(led)[2], "POST", ROUTE, spec) if led else None
+
+    async def _of_others(self) -> list[tuple[NodeRecord, dict[str, Any]]]:
+        """The jobs of the other nodes that answer, as those tell them."""
+        nodes = self._others()
+        answers = await self._calls.ask_all(nodes, lambda node: self._calls.ask(node, "GET", ROUTE))
+        found = []
+        for node, answer in zip(nodes, answers, strict=True):
+            jobs = [] if isinstance(answer, OrchestraError) else answer.get("jobs")
+            found += [(node, job) for job in jobs] if isinstance(jobs, list) else []
+        return found
 
     async def stop(self, job_id: str) -> dict[str, Any]:
         """Stop a job, whoever leads it. Raises UsageError if it is over, and as `get` does."""
