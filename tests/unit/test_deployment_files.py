@@ -198,6 +198,15 @@ def command_lines() -> Iterator[tuple[str, list[str]]]:
                     yield f"compose {name}", shlex.split(line)[1:]
 
 
+def documented_command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Every command line of orchestra in the code blocks of docs/kubernetes.md."""
+    text = (DOCKER.parent / "docs" / "kubernetes.md").read_text()
+    for block in text.split("```")[1::2]:
+        for words in map(shlex.split, block.replace("\\\n", " ").splitlines()):
+            if "exec" in words:
+                yield f"docs {' '.join(words)}", words[len(words) - words[::-1].index("orchestra") :]
+
+
 def default_command() -> list[str]:
     """CMD of the Dockerfile, which goes behind its ENTRYPOINT, `orchestra`."""
     text = (DOCKER / "Dockerfile").read_text()
@@ -223,6 +232,8 @@ def test_every_command_line_is_one_of_ours() -> None:
     assert found["daemonset node"] == found["compose node-3"] == "run"
     assert found["daemonset mount"] == "mount"
     assert found["daemonset mount hook"] == found["compose trainer"] == "umount"
+    documented = [parse(words).name for _, words in documented_command_lines()]
+    assert documented == ["ls", "ls"]
     with pytest.raises(click.UsageError):
         parse(["fuse", "mount", "--allow-others", "/", "/mnt"])
 
