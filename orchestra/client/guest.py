@@ -10,6 +10,7 @@ import json
 import pwd
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from orchestra.blocks.geometry import Geometry
@@ -21,6 +22,8 @@ from orchestra.client.node import NodeClient
 from orchestra.client.process import foreign_owner
 from orchestra.client.reading import in_parallel
 from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire
+from orchestra.clock import Clock
+from orchestra.config import Config
 from orchestra.errors import DaemonUnavailableError, IsADirectoryPathError, OrchestraError
 from orchestra.metadata.records import Record
 from orchestra.namespace.paths import normalize_path
@@ -45,6 +48,10 @@ class _NothingHere(LocalObject):
 class GuestClient(NodeClient):
     """See `orchestra.client.contract.Client`. Nothing is known here without asking, and no read is a hit; the daemon
     answers from its cache."""
+
+    def __init__(self, config: Config, *, clock: Clock | None = None) -> None:
+        """The nodes of a cluster are the daemon's to talk to."""
+        super().__init__(replace(config, cluster=None), clock=clock)
 
     def _begin(self) -> None:
         super()._begin()

@@ -103,6 +103,18 @@ if pid:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_dataloader_with_workers_reads(nobody: list[str], node: DaemonNode) -> None:
+    """FileDataset over the namespace, in workers that were forked."""
+    code = """
+from torch.utils.data import DataLoader
+from orchestra.torch import FileDataset
+files = FileDataset("orchestra:///data/dir", transform=len)
+assert [one.tolist() for one in DataLoader(files, batch_size=1, num_workers=2)] == [[6]]
+"""
+    ended = as_nobody(nobody, node, "-c", code)
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -60,6 +60,7 @@ def make_guest_app(node: Node, activity: Activity, admits: Admits) -> web.Applic
     app[NODE] = node
     app.router.add_get("/v1/status", status)
     app.router.add_get("/v1/mounts", list_mounts)
+    app.router.add_get("/v1/pins", list_pins)
     app.router.add_post("/v1/stat", stat)
     app.router.add_post("/v1/list", list_directory)
     app.router.add_post("/v1/cached", cached)
@@ -113,6 +114,13 @@ async def list_mounts(request: web.Request) -> web.Response:
         for mount in request.app[NODE].mounts.table
     ]
     return answer({"mounts": rows})
+
+
+async def list_pins(request: web.Request) -> web.Response:
+    """GET ?sizes=no -> {pins: [{path}]}; what they hold would have to be counted, and that is the owner's to ask."""
+    if request.query.get("sizes") != "no":
+        return await refuse(request)
+    return answer({"pins": [{"path": path} for path in request.app[NODE].space.pins]})
 
 
 async def stat(request: web.Request) -> web.Response:
