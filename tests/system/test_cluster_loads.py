@@ -30,8 +30,12 @@ DATASET_BYTES = sum(len(data) for data in SMALL.values()) + len(LARGE)
 def loading_cluster(
     root: Path, count: int, *, etcd: str | None = None, **tables: object
 ) -> Iterator[tuple[Cluster, CountingServer]]:
-    """Started daemons with one mount, /data, of a store that counts."""
-    table = {"membership": "etcd", "endpoints": [etcd]} if etcd is not None else {}
+    """Started daemons that share a secret, with one mount, /data, of a store that counts."""
+    secret = root / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    secret.chmod(0o600)
+    table: dict[str, object] = {"secret_file": str(secret)}
+    table |= {"membership": "etcd", "endpoints": [etcd]} if etcd is not None else {}
     cache = {"block_size": f"{BLOCK_BYTES}", "extent_size": f"{4 * BLOCK_BYTES}", "size": "64MiB"}
     with counting_server() as store:
         store.files = {**SMALL, "large": LARGE}
