@@ -14,11 +14,15 @@ import os
 import sys
 
 MESSAGE_BYTES_MAX = 8192
+_DESCRIPTORS_MAX = 2**31 - 1
 
 
 def main() -> None:
     """Pass messages on until there are no more."""
     device_fd = int(sys.argv[1])
+    # What else the worker had: above all the pipe that tells the watcher when all who serve are dead.
+    os.closerange(3, device_fd)
+    os.closerange(device_fd + 1, _DESCRIPTORS_MAX)
     try:
         while message := os.read(0, MESSAGE_BYTES_MAX):
             with contextlib.suppress(OSError):  # the kernel does not know the name, or the mount is gone

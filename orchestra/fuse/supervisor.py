@@ -107,7 +107,7 @@ class Supervisor:
 
     def _begin(self) -> None:
         ours, alive_fd = os.pipe2(os.O_CLOEXEC)
-        command = [sys.executable, "-I", "-S", str(watcher.__file__), self._plan.target]
+        command = [sys.executable, "-I", "-S", str(watcher.__file__), self._plan.target, self._plan.device]
         pid = children.spawn(command, [], stdin=ours)
         os.close(ours)
         self._plan = replace(self._plan, alive_fd=alive_fd, watcher_pid=pid)
@@ -131,6 +131,7 @@ class Supervisor:
         if self._is_ours():
             watcher.detach_if_dead(self._plan.target)  # the connection was aborted, not unmounted
         registry.remove_record(registry.MountRecord(**self._plan.record))
+        os.write(self._plan.alive_fd, b".")
         os.close(self._plan.alive_fd)
         os.waitpid(self._plan.watcher_pid, 0)
 

@@ -1,18 +1,23 @@
 """A tiny process that detaches a mount when the process serving it dies, so that nobody meets a dead mount.
 
-Run as a script (`python -I -S watcher.py FOLDER`) with its standard input a pipe whose other end only the server holds:
-the pipe ends when the server does, even by SIGKILL. It imports nothing of orchestra, holds no /dev/fuse descriptor, and
-touches only a mount that answers "not connected", so it can never detach a living one.
+Run as a script (`python -I -S watcher.py FOLDER [DEVICE]`) with its standard input a pipe whose other end only those
+who serve hold: the pipe ends when the last of them does, even by SIGKILL. A byte on it says that all is in order. It
+imports nothing of orchestra, holds no /dev/fuse descriptor, and detaches only a mount that answers "not connected".
+
+With the mount's DEVICE ("major:minor") it first aborts the connection: who tells the kernel of changes (notifier.py)
+may wait for an answer that nobody is left to give, and keep the mount from being dead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import subprocess
 import sys
 
+_CONNECTIONS = "/sys/fs/fuse/connections"
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
 
@@ -30,11 +35,25 @@ def detach_if_dead(folder: str) -> bool:
     return subprocess.run(["fusermount3", "-u", "-z", "-q", "--", folder], check=False).returncode == 0
 
 
+def abort(folder: str, device: str) -> None:
+    """End the connection of the mount of that device on `folder`, if that is what is mounted there."""
+    with open("/proc/self/mountinfo", "rb") as table:  # noqa: PTH123 - pathlib is not loaded here
+        rows = [line.split(b" ") for line in table]
+    # A number is not used again while its mount is there.
+    shown = os.fsencode(folder).replace(b" ", b"\\040")
+    if any(row[2] == device.encode() and row[4] == shown for row in rows):
+        with contextlib.suppress(OSError), open(f"{_CONNECTIONS}/{device.split(':')[1]}/abort", "wb") as control:  # noqa: PTH123
+            control.write(b"1")
+
+
 def main() -> None:
     """Wait for the pipe to end, then look."""
-    while os.read(0, 1):
-        pass
-    detach_if_dead(sys.argv[1])
+    if os.read(0, 1):
+        return
+    folder, *device = sys.argv[1:]
+    if device:
+        abort(folder, device[0])
+    detach_if_dead(folder)
 
 
 if __name__ == "__main__":
