@@ -235,6 +235,12 @@ def ratio(timings: dict[str, Timings], one: type[Contestant], other: type[Contes
     return timings[other.name].median_s / timings[one.name].median_s
 
 
+def _cache_drops() -> int:
+    """How often somebody had the kernel drop its caches since boot; nothing here does."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts["drop_pagecache"]) + int(counts["drop_slab"])
+
+
 class Report:
     """Runs works and publishes their tables."""
 
@@ -243,6 +249,7 @@ class Report:
         self.sizes = sizes
         self.options = options
         self.state = state
+        self.drops = _cache_drops()
 
     def of(self, *kinds: type[Contestant]) -> list[Contestant]:
         """The contestants of these kinds, and the floor."""
@@ -265,6 +272,9 @@ class Report:
         timings, amount = result
         cpu_per = "s/GiB" if unit == "MiB/s" else "us/file"
         table = rate_table(timings, who, amount=amount, unit=unit, cpu_per=cpu_per, base=Native.name)
+        drops, self.drops = _cache_drops() - self.drops, _cache_drops()
+        if drops:
+            lines = [*lines, f"- NOT WARM: somebody else dropped the kernel's caches {drops} times meanwhile"]
         publish(f"FUSE: {title}", [*table, "", *lines], self.options, self.state)
 
     # -- the works ------------------------------------------------------------------------------------------------
