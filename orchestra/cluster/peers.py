@@ -6,9 +6,11 @@ Leaves to others: who owns what (ring), requests (peer_client), what comes after
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from orchestra.clock import Clock
@@ -26,6 +28,12 @@ log = logging.getLogger(__name__)
 # death within 9 s; a longer pause would outlast a short cut of the network.
 PAUSE_MIN_S = 0.5
 PAUSE_MAX_S = 30.0
+# An answer that takes longer than 95 of 100 before it did is hedged; of a node that is not known yet, after the longest
+# time that a reader would not notice, and never before the time of one loaded turn of its loop.
+_TIMES_KEPT = 64
+_PATIENCE_UNKNOWN_S = 0.1
+_PATIENCE_MIN_S = 0.02
+_LATE_MAX = 64
 
 
 @dataclass(slots=True)
@@ -35,6 +43,7 @@ class PeerCounts:
     requests: int = 0
     bytes_received: int = 0
     skipped: int = 0  # left alone after a failure
+    hedged: int = 0  # it took so long that the next owner was asked as well
     failures: dict[str, int] = field(default_factory=dict)  # by cause
 
 
@@ -45,6 +54,7 @@ class _Peer:
     counts: PeerCounts
     paused_until_s: float = 0.0
     pause_s: float = 0.0
+    took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES_KEPT))
 
 
 class Peers:
@@ -62,6 +72,7 @@ class Peers:
         self._clock = clock
         self._signer = signer
         self._receivers = Receivers()
+        self._late: set[asyncio.Task[Buffer | None]] = set()  # whose answer came from somebody else
         self._make_client = partial(
             PeerClient,
             receivers=self._receivers,
@@ -86,6 +97,8 @@ class Peers:
 
     def close(self) -> None:
         """Ask nobody any more."""
+        for task in list(self._late):
+            task.cancel()
         for node_id in list(self._peers):
             self.disconnect(node_id)
         self._receivers.close()
@@ -98,26 +111,69 @@ class Peers:
         """Whether that node can be asked at all."""
         return node_id in self._peers
 
-    async def read(self, part: ExtentPart, node_ids: Iterable[str]) -> Buffer | None:
+    async def read(self, part: ExtentPart, node_ids: Sequence[str]) -> Buffer | None:
         """Return those bytes from the first of these nodes that gives them; None if none does, each for a counted
-        cause."""
-        for node_id in node_ids:
-            peer = self._peers.get(node_id)
+        cause. Where a reader waits and a node takes longer than it nearly always does, the next one is asked as well
+        for what it holds."""
+        for at, node_id in enumerate(node_ids):
+            peer = self._usable(node_id)
             if peer is None:
                 continue
-            if self._now_s() < peer.paused_until_s:
-                peer.counts.skipped += 1
-                continue
-            peer.counts.requests += 1
-            try:
-                data = await peer.client.fetch(part)
-            except PeerError as error:
-                self._failed(peer, error)
-                continue
-            peer.counts.bytes_received += len(data)
-            peer.pause_s = 0.0
-            return data
+            second = None if part.priority or part.held_only else self._second(node_ids[at + 1 :])
+            data = await (self._ask(peer, part) if second is None else self._ask_hedged(peer, second, part))
+            if data is not None:
+                return data
         return None
+
+    def _usable(self, node_id: str) -> _Peer | None:
+        peer = self._peers.get(node_id)
+        if peer is not None and self._now_s() < peer.paused_until_s:
+            peer.counts.skipped += 1
+            return None
+        return peer
+
+    def _second(self, node_ids: Sequence[str]) -> _Peer | None:
+        peers = (self._peers.get(node_id) for node_id in node_ids)
+        return next((peer for peer in peers if peer is not None and self._now_s() >= peer.paused_until_s), None)
+
+    async def _ask(self, peer: _Peer, part: ExtentPart) -> Buffer | None:
+        peer.counts.requests += 1
+        began_s = self._now_s()
+        try:
+            data = await peer.client.fetch(part)
+        except PeerError as error:
+            self._failed(peer, error)
+            return None
+        peer.took_s.append(self._now_s() - began_s)
+        peer.counts.bytes_received += len(data)
+        peer.pause_s = 0.0
+        return data
+
+    async def _ask_hedged(self, peer: _Peer, second: _Peer, part: ExtentPart) -> Buffer | None:
+        """Ask `peer`, and `second` too if that takes long; the first answer with bytes counts."""
+        asked = {asyncio.create_task(self._ask(peer, part))}
+        try:
+            if not (await asyncio.wait(asked, timeout=_patience_s(peer.took_s)))[0]:
+                peer.counts.hedged += 1
+                asked.add(asyncio.create_task(self._ask(second, replace(part, held_only=True))))
+            while asked:
+                done, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+                for answer in done:
+                    data = answer.result()
+                    if data is not None:
+                        return data
+            return None
+        except asyncio.CancelledError:
+            for task in asked:
+                task.cancel()
+            raise
+        finally:
+            # Not cancelled: a node that hangs is found out by its timeout, and left alone then.
+            self._late |= asked
+            for task in asked:
+                task.add_done_callback(self._late.discard)
+            if len(self._late) > _LATE_MAX:
+                self._late.pop().cancel()
 
     def _failed(self, peer: _Peer, error: PeerError) -> None:
         cause = error.cause
@@ -135,6 +191,12 @@ class Peers:
 
     def _now_s(self) -> float:
         return self._clock.now_ns() / 1e9
+
+
+def _patience_s(took_s: Sequence[float]) -> float:
+    if len(took_s) < _TIMES_KEPT // 4:
+        return _PATIENCE_UNKNOWN_S
+    return max(_PATIENCE_MIN_S, sorted(took_s)[int(len(took_s) * 0.95)])
 
 
 def _headers(

@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import crc32c
 import pytest
@@ -166,7 +167,7 @@ async def test_what_a_faulty_peer_does_not_give_the_next_one_does(fault: str, pa
     """Its cause is counted, nothing of what it sent is used, and the bytes come from the next owner."""
     answer, cause = FAULTS[fault]
     async with peers_of(answer, right) as (peers, served):
-        data = await peers.read(part, ("a", "b"))
+        data = await peers.read(replace(part, priority=3), ("a", "b"))  # is not hedged
         assert data is not None
         assert bytes(data) == (DATA if part is LARGE_PART else SMALL)
         assert [peer.struck for peer in served] == [1, 1]
@@ -194,9 +195,9 @@ async def test_a_machine_that_takes_no_connection_is_given_up_in_time() -> None:
                 client.setblocking(False)
                 client.connect_ex(full.getsockname())
             peers.connect(NodeRecord("z", f"127.0.0.1:{full.getsockname()[1]}", 1))
-            assert await peers.read(SMALL_PART, ("z", "a")) == SMALL
+            assert await peers.read(replace(SMALL_PART, priority=3), ("z", "a")) == SMALL
             peers.connect(NodeRecord("z", f"127.0.0.1:{full.getsockname()[1]}", 1))
-            assert await peers.read(LARGE_PART, ("z", "a")) is not None
+            assert await peers.read(replace(LARGE_PART, priority=3), ("z", "a")) is not None
         assert peers.counts()["z"].failures == {"connect_timeout": 2}
 
 
@@ -265,3 +266,17 @@ async def test_what_is_asked_for_at_one_moment_goes_in_one_batch() -> None:
         found = await asyncio.gather(*(peers.read(part, ("a",)) for part in parts))
         assert found == [bytes([index]) * (index + 1) for index in range(50)]
         assert served[0].struck == 1
+
+
+@pytest.mark.parametrize("part", [LARGE_PART, SMALL_PART], ids=["large", "small"])
+async def test_a_slow_owner_is_hedged_by_the_next_one(part: ExtentPart) -> None:
+    """The first owner never answers; the second gives what it holds. The first is found out all the same, by its
+    timeout, and left alone."""
+    async with peers_of(hang, right) as (peers, served):
+        assert await peers.read(part, ("a", "b")) is not None
+        assert [peer.struck for peer in served] == [1, 1]
+        assert (peers.counts()["a"].hedged, peers.counts()["b"].requests) == (1, 1)
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        while not peers.counts()["a"].failures:
+            await asyncio.wait({never}, timeout=STALL_S / 4)
+        assert peers.counts()["a"].failures == {"no_progress": 1}
