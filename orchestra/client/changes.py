@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from orchestra.client.contract import Extent
+from orchestra.errors import OrchestraError
 from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import join
 from orchestra.namespace.published import PublishedMount
@@ -38,7 +39,10 @@ class NodeChanges:
         changes = self._reader.wait()
         if changes is None:
             return None
-        table = self._table()
+        try:
+            table = self._table()
+        except OrchestraError:  # no mount table can be had now, so nobody knows which paths these keys are
+            return [(Extent.BELOW, "/")]
         # A dict, as the same is often said twice; the order is of no importance.
         return list(dict.fromkeys(pair for change in changes for pair in _seen_at(table, change)))
 

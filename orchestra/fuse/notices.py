@@ -115,7 +115,9 @@ class Notices:
 
     def _take_answers(self, answers: socket.socket, within_s: float) -> None:
         """Wait so long for all answers; take those that are there in any case, so that they do not pile up."""
-        while self._unanswered and select.select([answers], [], [], within_s)[0]:
+        poll = select.poll()
+        poll.register(answers, select.POLLIN)
+        while self._unanswered and poll.poll(within_s * 1000):
             if not answers.recv(1):
                 raise ConnectionResetError
             self._unanswered -= 1
