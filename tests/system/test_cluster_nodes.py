@@ -105,7 +105,7 @@ def test_a_drained_node_hands_over_what_it_holds_and_the_store_is_not_asked_agai
             assert orchestra(cluster.nodes[0], "node", "drain", name, "--wait") == 0
             assert capsys.readouterr().out.startswith(f"node {name}: drained; ")
             wait_until(lambda: rows(cluster.nodes[2], capsys)[1]["state"] == "drained")
-            assert [row["share"] for row in rows(cluster.nodes[2], capsys)] == [0.5, 0.0, 0.5]
+            wait_until(lambda: [row["share"] for row in rows(cluster.nodes[2], capsys)] == [0.5, 0.0, 0.5])
             assert read_all(cluster.nodes[1], store) == len(store.files)
             assert store.bytes_sent == sent
             cluster.nodes[1].stop()
@@ -116,7 +116,8 @@ def test_a_drained_node_hands_over_what_it_holds_and_the_store_is_not_asked_agai
             wait_until(lambda: rows(cluster.nodes[0], capsys)[1]["state"] == "drained")
             assert orchestra(cluster.nodes[1], "node", "undrain") == 0
             wait_until(lambda: [row["state"] for row in rows(cluster.nodes[0], capsys)] == ["up"] * 3)
-            assert [row["share"] for row in rows(cluster.nodes[2], capsys)] == [pytest.approx(1 / 3)] * 3
+            even = [pytest.approx(1 / 3)] * 3
+            wait_until(lambda: [row["share"] for row in rows(cluster.nodes[2], capsys)] == even)
 
 
 def test_draining_says_what_it_cannot_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
