@@ -1,7 +1,7 @@
 """GCS keeps the contract as far as that can be shown without Google: its client against an S3 server.
 
-Of the emulators on PyPI and npm none answers what obstore's GCS client asks (gcp-storage-emulator: 501 to HEAD and to
-`?list-type=2`; firebase's knows Google's JSON API alone). That client speaks Google's XML API, which is S3's for HEAD,
+The emulator on PyPI does not answer what obstore's GCS client asks (gcp-storage-emulator: 501 to HEAD and to
+`?list-type=2`). That client speaks Google's XML API, which is S3's for HEAD,
 ranged GET under If-Match, and LIST. So the way of our store through that client is proven here, and not what Google's
 servers answer beyond S3.
 """
