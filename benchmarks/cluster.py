@@ -350,7 +350,8 @@ def bench_kill(folder: Path, origin: OriginProcess, dataset: Dataset) -> list[st
 def _failures(nodes: BenchNodes) -> int:
     """How often the nodes but the last asked it in vain, or left it alone for that."""
     counts = [nodes.peers(number).get(nodes.names[-1], {}) for number in range(NODES - 1)]
-    return sum(int(one.get("skipped", 0)) + sum(one.get("failures", {}).values()) for one in counts)
+    troubles = (int(one.get("skipped", 0)) + int(one.get("hedged", 0)) for one in counts)
+    return sum(troubles) + sum(sum(one.get("failures", {}).values()) for one in counts)
 
 
 def main() -> None:

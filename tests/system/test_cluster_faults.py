@@ -78,10 +78,10 @@ def others(cluster: FaultCluster) -> list[FaultNode]:
 
 
 def troubles(cluster: FaultCluster) -> int:
-    """How often the nodes but the victim failed to get something of it, or left it alone for that."""
+    """How often the nodes but the victim failed to get something of it, left it alone for that, or lost patience."""
     victim = f"node-{VICTIM}"
     counts = [node.status()["cluster"]["peers"].get(victim) for node in others(cluster)]
-    return sum(one["skipped"] + sum(one["failures"].values()) for one in counts if one)
+    return sum(one["skipped"] + one["hedged"] + sum(one["failures"].values()) for one in counts if one)
 
 
 class Struck:
