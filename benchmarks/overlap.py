@@ -66,6 +66,7 @@ class Trainer(Contestant):
     epochs = 1
     turns_max = 1
     workers = WORKERS
+    ratios: Sequence[float] = RATIOS
 
     def surroundings(self) -> Mapping[str, str]:
         """Return the environment of the training process."""
@@ -131,6 +132,7 @@ class Wide(Trainer):
 
     workers = WORKERS_WIDE
     epochs = turns_max = 1
+    ratios = (1.0,)
 
 
 class PlannedMountWide(Wide, PlannedMount):
@@ -146,6 +148,7 @@ class LocalFolder(Trainer):
 
     name = "local folder"
     epochs = 2
+    ratios = (1.0,)
 
     def training(self) -> tuple[str, dict[str, Any]]:
         return "folder", {"folder": str(self.folder)}
@@ -293,7 +296,7 @@ def table(results: dict[str, dict[float, list[Any]]], io_s: float) -> list[str]:
         stalls: list[str] = []
         for ratio in RATIOS:
             runs = [run for run in by_ratio[ratio] if run is not None]
-            cells.append(f"{efficiency(runs, ratio, io_s):.2f}" if runs else "failed")
+            cells.append(f"{efficiency(runs, ratio, io_s):.2f}" if runs else "failed" if by_ratio[ratio] else "-")
             if runs and len(runs[0]["waits_s"]) > 1:
                 stalls.append(f"{100 * stall_share(runs):.1f}")
         stall = f"{' / '.join(stalls)} %" if stalls else "-"
@@ -338,6 +341,8 @@ def all_runs(
         running = [kind for kind in kinds if turn < kind.turns_max]
         for ratio in RATIOS:
             for kind in running if turn % 2 == 0 else reversed(running):
+                if ratio not in kind.ratios:
+                    continue
                 run = course.epoch(kind, ratio * io_s)
                 results[kind.name][ratio].append(run)
                 print(f"  {kind.name}, {ratio:g}: {run and run['epochs_s']}", file=sys.stderr)
@@ -349,7 +354,7 @@ def main() -> None:
     parser = common_arguments("Overlap of fetching and computing in the first epoch, orchestra beside peers.")
     parser.add_argument("--peers", default=os.environ.get("BENCH_PEERS", ""), help="folder of libraries to import")
     parser.add_argument("--bandwidth", default="50MB", help="of the origin in all (default: 50MB a second)")
-    parser.add_argument("--files", type=int, default=1000, help="of 500 kB (default: 1000)")
+    parser.add_argument("--files", type=int, default=900, help="of 500 kB (default: 900)")
     parser.set_defaults(turns=1)
     options = parser.parse_args()
     refuse_a_busy_machine(options.force or options.quick)
