@@ -1,10 +1,10 @@
 """Does DLIO's training keep its accelerator as busy on the mount as on a local folder? Two workloads, made small.
 
-    LD_LIBRARY_PATH=D/lib PYTHONPATH=D/lib/python3.11/site-packages:D/stub python benchmarks/dlio.py [--quick] [--record]
+    LD_LIBRARY_PATH=D/lib PYTHONPATH=D/lib/python3.11/site-packages:D/stub python benchmarks/dlio.py [--record]
 
 D is filled with `pip install --no-deps --prefix D dlio-benchmark mpi4py mpich hydra-core omegaconf
 antlr4-python3-runtime==4.9.3 h5py Pillow PyYAML pydftracer==1.0.2`, and D/stub with empty modules `tensorflow`,
-`tensorflow.python` and `tensorflow.python.framework.errors`, which DLIO imports and torch's workloads do not use. A turn
+`tensorflow.python` and `tensorflow.python.framework.errors`, which DLIO imports and torch workloads leave alone. A turn
 on the mount begins with nothing cached, with `prefetch = "dataset"`; DLIO's order is not known to the node.
 """
 
