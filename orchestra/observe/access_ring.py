@@ -73,11 +73,13 @@ class AccessRing:
         try:
             self._fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._fd, RING_SIZE_BYTES)
+            os.posix_fallocate(self._fd, 0, RING_SIZE_BYTES)  # a hole would kill us (SIGBUS) on a full disk
             self._map = mmap.mmap(self._fd, RING_SIZE_BYTES)
             self._map[: _HEADER.size] = _HEADER.pack(_MAGIC, _FORMAT, 0)
             os.rename(hidden, f"{directory}/{name}")
         except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(hidden)
             self.abandon()
 
     def hit(self, digest: bytes, first_block: int, block_count: int, size_bytes: int) -> None:

@@ -201,9 +201,10 @@ def test_a_node_that_drains_no_more_is_on_the_ring_again(joined: Membership) -> 
     alone = Membership(OWN, has_lease=False)
     alone.handle(Changed(0, seen=(OWN,)))
     alone.handle(DrainAsked())
-    assert alone.ring.nodes == ()
+    assert not alone.ring.nodes
     alone.handle(DrainAsked(is_over=True))
-    assert [node.node_id for node in alone.ring.nodes] == ["a"]
+    nodes: tuple[RingNode, ...] = alone.ring.nodes
+    assert [node.node_id for node in nodes] == ["a"]
 
 
 def test_an_announcement_that_was_lost_is_made_again(joined: Membership) -> None:
