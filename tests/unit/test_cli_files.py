@@ -34,8 +34,9 @@ class NodeFolder(FolderClient):
         return self.cached.get(entry.path, 0)
 
     def daemon_request(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        assert (method, route) == ("GET", "/v1/mounts")
-        return {"mounts": self.mounts}
+        answers = {"/v1/mounts": {"mounts": self.mounts}, "/v1/pins?sizes=no": {"pins": [{"path": "/train/"}]}}
+        assert method == "GET"
+        return answers[route]
 
 
 @pytest.fixture
@@ -137,6 +138,7 @@ class TestStat:
         assert lines["cached"].strip() == "768 B (50 %)"
         assert lines["where"].strip() == "this node (/cache)"
         assert lines["store"].strip() == "file:///root (mounted at /)"
+        assert "pinned" not in lines
 
     def test_json_is_exact(self, client: NodeFolder, capsys: pytest.CaptureFixture[str]) -> None:
         """Nothing cached is no place; no password of a store is shown."""
@@ -144,6 +146,7 @@ class TestStat:
         assert (found["path"], found["size_bytes"], found["type"]) == ("/train/cats/b.txt", 3, "file")
         assert (found["cached_bytes"], found["cached_percent"], found["where"]) == (0, 0, [])
         assert (found["mount"], found["uris"]) == ("/train", ["s3://bucket/train", "sftp://me:***@host/x"])
+        assert found["pinned"] is True
 
 
 class TestDu:
