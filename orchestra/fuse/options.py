@@ -26,7 +26,7 @@ PASSTHROUGH_SIZE_BYTES = 1 * MIB
 # An OPEN that a process answers costs its reader 20 us where both share a core and 140 where they do not; a native one
 # costs 4. The kernel stops asking only for good and for all files of a mount, which ends passthrough too: so a mount
 # first shows, by so many OPENs, that it is one of small files (docs/decisions/0006-opens-of-small-files.md).
-SMALL_OPENS_MAX = 1000
+SMALL_OPENS_MAX = 256
 # Read-ahead requests are "background" for the kernel, whose default lets 12 of them wait; 64 readers of uncached files
 # would queue behind one another in the kernel.
 BACKGROUND_MAX = 1024
