@@ -34,7 +34,10 @@ class NodeFolder(FolderClient):
         return self.cached.get(entry.path, 0)
 
     def daemon_request(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        answers = {"/v1/mounts": {"mounts": self.mounts}, "/v1/pins?sizes=no": {"pins": [{"path": "/train/"}]}}
+        answers: dict[str, dict[str, Any]] = {
+            "/v1/mounts": {"mounts": self.mounts},
+            "/v1/pins?sizes=no": {"pins": [{"path": "/train/"}]},
+        }
         assert method == "GET"
         return answers[route]
 
