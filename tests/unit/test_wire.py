@@ -5,6 +5,7 @@ The daemon here is a few lines that answer by script, so that each failure comes
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -71,7 +72,8 @@ class ScriptedDaemon:
     def hang_up(self) -> None:
         """Close every connection, as a daemon does that ends."""
         for connection in list(self._open):
-            connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # its own thread may just be closing it
+                connection.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
