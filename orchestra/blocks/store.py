@@ -94,17 +94,24 @@ class BlockStore:
         self._open_extents_max = min(_OPEN_EXTENTS_MAX, int(descriptors_max * _OPEN_EXTENTS_RATIO))
         self._lock = threading.RLock()
         self._written = self._evicted = self._evicted_count = self._corrupt = 0
-        self._expired_count = self._refused_count = 0
+        self._expired_count = self._refused_count = self._left_count = 0
         self.space = BlockSpace(accounts, self._lock, busy=self._busy, drop=self._drop, unlink=self._files.unlink)
         self._is_full_known = False  # that there is no room for what is not pinned was said, and is true still
 
     def statistics(self) -> BlockStatistics:
         """Return a snapshot."""
-        books, freed_bytes = self._accounts, self.space.freed_bytes
         with self._lock:
-            evicted = (self._evicted, self._evicted_count, self._corrupt, self._expired_count, freed_bytes)
             return BlockStatistics(
-                books.used_bytes, len(books), self._written, *evicted, self._refused_count, books.pinned_bytes
+                used_bytes=self._accounts.used_bytes,
+                extents_count=len(self._accounts),
+                written_bytes=self._written,
+                evicted_bytes=self._evicted,
+                evicted_count=self._evicted_count,
+                corrupt_count=self._corrupt,
+                expired_count=self._expired_count,
+                freed_bytes=self.space.freed_bytes,
+                refused_count=self._refused_count,
+                pinned_bytes=self._accounts.pinned_bytes,
             )
 
     def open_object(self, digest: str, size_bytes: int) -> LocalObject:
@@ -186,6 +193,11 @@ class BlockStore:
         """How often something was evicted or refused; while it grows, what readers read decides what is kept."""
         return self._evicted_count + self._refused_count
 
+    @property
+    def left_count(self) -> int:
+        """How many extents left since the start, whatever the reason: while it is the same, nothing has left."""
+        return self._left_count
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def write_block(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
@@ -211,15 +223,6 @@ class BlockStore:
         with self._lock:
             self._written += expected
             self._is_full_known = False
-
-    def has_room(self, size_bytes: int) -> bool:
-        """Whether that much could be written now, after evicting what may leave."""
-        with self._lock:
-            try:
-                self._accounts.choose_victims(size_bytes, self._busy())
-            except CacheFullError:
-                return False
-        return True
 
     def admits(
         self, digest: str, size_bytes: int, block_index: int, origin: Origin, *, is_asked_for: bool = False
@@ -420,6 +423,7 @@ class BlockStore:
         if name in self._accounts:
             self._evicted += self._accounts.remove(name)
             self._evicted_count += 1
+            self._left_count += 1
         return self._files.set_aside(name)
 
     # -- verifying -------------------------------------------------------------------------------------------------

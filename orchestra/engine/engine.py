@@ -17,7 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -55,11 +55,19 @@ class Wanted:
     info: ObjectInfo
     byte_range: ByteRange
     is_for_peer: bool = False  # asked by another node, which this one must not ask in turn
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     @property
     def object_id(self) -> ObjectId:
-        """The object's name in the cache."""
+        """The object's name."""
         return ObjectId(self.mount.store.store_id, self.info.key, self.info.version)
+
+    @property
+    def digest(self) -> str:
+        """What stands for the object in the cache directory; reckoned once, as every stage asks for it."""
+        if not self._digest:
+            object.__setattr__(self, "_digest", self.object_id.digest())
+        return self._digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ class Engine:
         cut = ByteRange(min(byte_range.start, stop), stop)
         wanted = Wanted(location.mount, ObjectInfo(location.key, size_bytes, 0, info_version), cut)
         # Two stores may call two contents by one version (size and time): their names in the cache differ all the same.
-        if digest and wanted.object_id.digest() != digest:
+        if digest and wanted.digest != digest:
             raise StaleObjectError(f"{path} was opened from another store than is mounted there now; open it again")
         return wanted
 
@@ -206,7 +214,7 @@ class Engine:
         others may wait for.
         """
         self.statistics.ensures += 1
-        digest = wanted.object_id.digest()
+        digest = wanted.digest
         missing = await self._missing(digest, wanted, suspect=suspect)
         if not missing:
             return True
@@ -222,7 +230,7 @@ class Engine:
 
         Who asks must not cancel the future: others may wait for the same fetch.
         """
-        digest = wanted.object_id.digest()
+        digest = wanted.digest
         touched = self.geometry.blocks_of(wanted.byte_range)
         size = wanted.info.size_bytes
         if any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
@@ -273,12 +281,12 @@ class Engine:
     def is_coming(self, wanted: Wanted) -> bool:
         """Whether the first of these bytes are being fetched."""
         block = wanted.byte_range.start // self.geometry.block_size_bytes
-        return self.in_flight(wanted.object_id.digest(), block)
+        return self.in_flight(wanted.digest, block)
 
     def holds_some(self, wanted: Wanted) -> bool:
         """Whether there is a file that may hold the first of these bytes; False is certain. Costs no system call."""
         block = wanted.byte_range.start // self.geometry.block_size_bytes
-        return self.blocks.holds(wanted.object_id.digest(), wanted.info.size_bytes, block)
+        return self.blocks.holds(wanted.digest, wanted.info.size_bytes, block)
 
     async def read_uncached(self, wanted: Wanted) -> AsyncIterator[Buffer]:
         """Yield the bytes straight from the store, in order, part by part: when there is no room to keep them, or
@@ -304,7 +312,7 @@ class Engine:
 
     async def _read_uncached_shared(self, sharing: Sharing, wanted: Wanted) -> AsyncIterator[Buffer]:
         """Whole blocks, because only those have checksums; one at a time."""
-        digest = wanted.object_id.digest()
+        digest = wanted.digest
         for block in self.geometry.blocks_of(wanted.byte_range):
             whole = self.geometry.block_range(wanted.info.size_bytes, block)
             marks = [self.stalls.now_ns()]

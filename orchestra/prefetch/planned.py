@@ -383,7 +383,7 @@ class PlanRunner:
                 raise UsageError(f"not a file: {path}")
             wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
             evicted_count = self._evicted_count()  # before it is looked whether the file is here
-            missing_bytes = self._settle(plan, entry, wanted.object_id.digest(), found.size_bytes)
+            missing_bytes = self._settle(plan, entry, wanted.digest, found.size_bytes)
             # What the accounts hold is not looked at: after a reboot its first reader has it verified.
             if missing_bytes and not await self._bring(wanted):
                 plan.no_room.append(entry)

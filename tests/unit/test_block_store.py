@@ -14,6 +14,7 @@ import pytest
 
 from orchestra.blocks.accounts import CacheFullError
 from orchestra.blocks.reader import CorruptBlockError
+from orchestra.blocks.rules import Origin
 from orchestra.values import ByteRange
 from tests.support.cache import BLOCK, EXTENT, LATER_BOOT, Cache, data_of, digest_of, full_disk
 from tests.support.disks import HookedDisk, failing, without_attributes
@@ -191,7 +192,6 @@ def test_on_a_disk_that_others_filled_nothing_is_kept_and_nothing_lost(tmp_path:
     )
     cache.put("a", data_of("a", BLOCK))
     free[0] = 0
-    assert not cache.store.has_room(BLOCK)
     with pytest.raises(CacheFullError):
         cache.put("b", data_of("b", BLOCK))
     assert cache.get("a", BLOCK) == data_of("a", BLOCK)
@@ -203,9 +203,10 @@ def test_what_is_larger_than_the_cache_is_refused(tmp_path: Path) -> None:
     cache = Cache(tmp_path, capacity_bytes=BLOCK)
     cache.put("a", data_of("a", 1))
     cache.accounts.reserve(BLOCK)
-    assert not cache.store.has_room(BLOCK)
+    assert not cache.offer("b", data_of("b", BLOCK), 0, Origin("store", "b"))
+    assert cache.get("a", 1) == data_of("a", 1)
     cache.accounts.settle(BLOCK)
-    assert cache.store.has_room(BLOCK)
+    assert cache.offer("b", data_of("b", BLOCK), 0, Origin("store", "b"))
 
 
 def test_an_open_reader_keeps_valid_bytes(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ async def stat(request: web.Request) -> web.Response:
     entry = await engine.stat(path, refresh=typed(body, "refresh", bool, False))
     digest = ""
     if entry.kind is EntryKind.FILE:
-        digest = engine.want(path, entry.version, entry.size_bytes, ByteRange(0, 0)).object_id.digest()
+        digest = engine.want(path, entry.version, entry.size_bytes, ByteRange(0, 0)).digest
     return answer({**entry_json(entry), "digest": digest})
 
 
@@ -152,7 +152,7 @@ async def cached(request: web.Request) -> web.Response:
     """POST as for read -> {cached_bytes} of the whole object."""
     node = request.app[NODE]
     wanted = await _wanted(node, await body_of(request))
-    local = node.blocks.open_object(wanted.object_id.digest(), wanted.info.size_bytes)
+    local = node.blocks.open_object(wanted.digest, wanted.info.size_bytes)
     try:
         return answer({"cached_bytes": local.cached_bytes()})
     finally:
@@ -212,13 +212,13 @@ async def _from_cache(node: Node, wanted: Wanted) -> bytearray | None:
             is_suspect = True
             continue
         if data is not None:
-            node.blocks.touch(wanted.object_id.digest(), wanted.byte_range.start // node.geometry.block_size_bytes)
+            node.blocks.touch(wanted.digest, wanted.byte_range.start // node.geometry.block_size_bytes)
             return data
     return None
 
 
 def _read_local(node: Node, wanted: Wanted) -> bytearray | None:
-    local = node.blocks.open_object(wanted.object_id.digest(), wanted.info.size_bytes)
+    local = node.blocks.open_object(wanted.digest, wanted.info.size_bytes)
     try:
         buffer = bytearray(wanted.byte_range.length)
         count = local.readinto(wanted.byte_range.start, memoryview(buffer))

@@ -153,7 +153,7 @@ class LoadRun:
         span = file.wanted.byte_range
         if not span.length:
             return 0
-        digest = file.wanted.object_id.digest()
+        digest = file.wanted.digest
         lacking = blocks.missing_charge(digest, file.wanted.info.size_bytes, span)
         if lacking < blocks.charge_of(span.length):
             for _, run in geometry.extents_of(geometry.blocks_of(file.wanted.byte_range)):
@@ -162,11 +162,13 @@ class LoadRun:
 
     async def _load_all(self) -> bool:
         """Bring everything, then what left again meanwhile; False if the cache was full before the end."""
+        blocks = self._tools.blocks
+        left_before = blocks.left_count
         is_whole = await self._bring(self._pages(refresh=False))
         self.sample()
         self._is_counting = False  # what follows looks at the same files again
         for _ in range(_ROUNDS_MAX):
-            if not is_whole or not await self._count_missing():
+            if not is_whole or blocks.left_count == left_before or not await self._count_missing():
                 return is_whole
             is_whole = await self._bring(self._missing_pages())
         return is_whole and not await self._count_missing()
@@ -233,7 +235,7 @@ class LoadRun:
         return count
 
     def _is_missing(self, file: TreeFile) -> bool:
-        size, digest = file.wanted.info.size_bytes, file.wanted.object_id.digest()
+        size, digest = file.wanted.info.size_bytes, file.wanted.digest
         if not size or not self._tools.blocks.missing_charge(digest, size, file.wanted.byte_range):
             return False
         local = self._tools.blocks.open_object(digest, size)  # the accounts of a crash may be some pages off
@@ -260,7 +262,7 @@ class LoadRun:
         batch: list[tuple[str, int, int]] = []
         batch_bytes = 0
         for file in files:
-            size, digest = file.wanted.info.size_bytes, file.wanted.object_id.digest()
+            size, digest = file.wanted.info.size_bytes, file.wanted.digest
             for index, run in geometry.extents_of(geometry.blocks_of(file.wanted.byte_range)):
                 batch.append((digest, size, run.start))
                 batch_bytes += geometry.extent_length(size, index)

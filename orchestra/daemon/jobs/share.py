@@ -32,7 +32,7 @@ class Share:
         replicas = self.replicas_of(file.wanted.mount.config) if size else 1
         count, step = max(1, self.geometry.extent_count(size)), self.geometry.extent_size_bytes
         runs: list[ByteRange] = []
-        digest = file.wanted.object_id.digest()
+        digest = file.wanted.digest
         for index in range(count):
             owners = self.ring.owners(digest_key(digest, index), replicas)
             if all(owner.node_id != self.node_id for owner in owners):
