@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from orchestra.client.contract import Client
 from orchestra.errors import MountError
 from orchestra.fuse import mount, registry, shared
 from orchestra.fuse.names import root_entry
-from orchestra.fuse.options import WORKERS_MAX, MountOptions
-from orchestra.fuse.serve import check_privilege
+from orchestra.fuse.options import WORKERS_MAX, Mode, MountOptions
 from orchestra.fuse.supervisor import Plan, clone_device, command_of
+
+_CAP_SYS_ADMIN = 1 << 21
 
 
 def launch(
@@ -73,3 +75,12 @@ def launch(
     except BaseException:
         mount.unmount(target, lazy=True)
         raise
+
+
+def check_privilege(options: MountOptions) -> None:
+    """Raise MountError if the mode needs a privilege that this process has not."""
+    if options.mode is not Mode.PASSTHROUGH:
+        return
+    fields = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    if not int(fields["CapEff"], 16) & _CAP_SYS_ADMIN:
+        raise MountError("mode passthrough needs CAP_SYS_ADMIN: mount as root, or use mode auto")

@@ -1,7 +1,7 @@
 """One FUSE connection: the loop that reads requests, and the table that says who answers which.
 
 Owns: the handshake (INIT), forgetting, interrupts, and the promise that every request is answered whatever happens.
-Leaves to others: names, directories and files answer for themselves; mount.py makes the device; serve.py ends it.
+Leaves to others: names, directories and files answer for themselves; mount.py makes the device; supervisor.py ends it.
 
 Hits are answered in the loop's thread: a hand-over to a worker costs more than the answer. Whatever would wait goes to
 the channel's threads, so a reader of an uncached file never holds up another. A session knows nothing of how its

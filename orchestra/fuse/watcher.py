@@ -1,11 +1,11 @@
 """A tiny process that detaches a mount when the process serving it dies, so that nobody meets a dead mount.
 
-Run as a script (`python -I -S watcher.py FOLDER [DEVICE]`) with its standard input a pipe whose other end only those
+Run as a script (`python -I -S watcher.py FOLDER DEVICE`) with its standard input a pipe whose other end only those
 who serve hold: the pipe ends when the last of them does, even by SIGKILL. A byte on it says that all is in order. It
 imports nothing of orchestra, holds no /dev/fuse descriptor, and detaches only a mount that answers "not connected".
 
-With the mount's DEVICE ("major:minor") it first aborts the connection: who tells the kernel of changes (notifier.py)
-may wait for an answer that nobody is left to give, and keep the mount from being dead.
+By the mount's DEVICE ("major:minor") it first aborts the connection: who tells the kernel of changes (notifier.py) may
+wait for an answer that nobody is left to give, and keep the mount from being dead.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def main() -> None:
     """Wait for the pipe to end, then look."""
     if os.read(0, 1):
         return
-    folder, *device = sys.argv[1:]
-    if device:
-        abort(folder, device[0])
+    folder, device = sys.argv[1:]
+    abort(folder, device)
     detach_if_dead(folder)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,6 @@ from orchestra.fuse import mount
 from orchestra.fuse.background import ReadyPipe
 from orchestra.fuse.inodes import InodeTable
 from orchestra.fuse.options import MountOptions
-from orchestra.fuse.serve import raise_descriptor_limit
 from orchestra.fuse.session import Session
 from orchestra.fuse.shared import SharedMemory
 from orchestra.values import Entry, EntryKind
@@ -61,6 +61,14 @@ def serve_slot(
     if not job["is_ready"]:
         _start_thread("announce", _announce, session, job["target"], pipe)
     session.run()
+
+
+def raise_descriptor_limit() -> None:
+    """Open handles and cached extents need descriptors; the usual soft limit of 1,024 is for select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, 65_536) if hard != resource.RLIM_INFINITY else 65_536
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _start_thread(name: str, work: Callable[..., None], *arguments: object) -> None:

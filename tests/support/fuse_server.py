@@ -1,7 +1,7 @@
-"""Serves a folder through FUSE in a process of its own and obeys a test, one JSON line each way.
+"""Serves a folder through FUSE as `orchestra fuse mount` does, and obeys a test, one JSON line each way.
 
-Run as a script: `fuse_server.py FOLDER MOUNTPOINT OPTIONS_JSON`. The main thread serves (so signals work as in the real
-command); a thread reads commands. `Server` is the test's end of it.
+Run as a script it becomes the supervisor (`mount FOLDER MOUNTPOINT OPTIONS_JSON NAME READY_FD`), which runs it as the
+worker (`worker ... CONTROL_FD`): that one connects to the test's socket and obeys there. `Server` is the test's end.
 """
 
 from __future__ import annotations
@@ -9,51 +9,71 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestra.errors import OrchestraError
+from orchestra.fuse.background import ReadyPipe
+from orchestra.fuse.children import CONTROL
+from orchestra.fuse.launch import launch
 from orchestra.fuse.mount import mount_at, unmount
 from orchestra.fuse.options import Mode, MountOptions
-from orchestra.fuse.serve import serve
 from orchestra.fuse.session import Session
+from orchestra.fuse.worker import serve_slot
 from orchestra.values import Entry, EntryKind
 from tests.support.folder_client import FolderClient
 
 
 class Server:
-    """The test's end: a mount that lives until `close`."""
+    """The test's end: a mount that lives until `close`. `process` is its supervisor."""
 
     def __init__(self, folder: Path, target: Path, *, launcher: Sequence[str] = (), **options: Any) -> None:
         self.target = target
-        launcher = launcher or [sys.executable]
-        command = [*launcher, __file__, str(folder), str(target), json.dumps(options)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        answer = self._answer()
-        if answer != "ready":
+        self._commands: IO[str] | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind("")  # a name of no file: any user may connect
+        self._listener.listen()
+        name = self._listener.getsockname().hex()
+        ready, theirs = os.pipe()
+        command = [*(launcher or [sys.executable]), __file__, "mount", str(folder), str(target), json.dumps(options)]
+        self.process = subprocess.Popen(
+            [*command, name, str(theirs)],
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs,),
+            env=os.environ | {"XDG_STATE_HOME": str(target.parent / "state")},
+        )
+        os.close(theirs)
+        with os.fdopen(ready) as said:
+            answers = [json.loads(line) for line in said]
+        if not answers or "ready" not in answers[-1]:
             self.close()
-            raise AssertionError(f"the mount did not come up: {answer}")
+            raise AssertionError(f"the mount did not come up: {answers[-1:]}")
 
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else None
+    def _channel(self) -> IO[str]:
+        """The line to the worker, which connected before the mount was ready."""
+        if self._commands is None:
+            assert select.select([self._listener], [], [], 60)[0], "no worker connected"
+            with self._listener.accept()[0] as connection:
+                self._commands = connection.makefile("rw")
+        return self._commands
 
     def tell(self, command: str, *arguments: Any) -> Any:
         """Call a method of the client, or "counters"; return what it returned."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([command, *arguments]) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
+        channel = self._channel()
+        channel.write(json.dumps([command, *arguments]) + "\n")
+        channel.flush()
+        answer = json.loads(channel.readline() or "null")
         assert isinstance(answer, dict) and "result" in answer, f"{command} failed in the server: {answer}"
         return answer["result"]
 
@@ -65,7 +85,7 @@ class Server:
         return mount_at(str(self.target)) is not None
 
     def close(self) -> int:
-        """End the process and leave nothing mounted; return its exit status."""
+        """End the processes and leave nothing mounted; return the supervisor's exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -75,23 +95,25 @@ class Server:
             status = self.process.wait()
         while self.is_mounted():
             unmount(str(self.target), lazy=True)
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        if self._commands is not None:
+            self._commands.close()
+        self._listener.close()
         return status
 
 
-def _say(value: Any) -> None:
-    os.write(1, (json.dumps(value) + "\n").encode())
-
-
-def _obey_all(client: FolderClient, sessions: list[Session]) -> None:
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        try:
-            _say({"result": _obey(client, sessions[0], name, arguments)})
-        except (AssertionError, AttributeError, TypeError) as error:  # the test must not wait for ever
-            _say({"error": repr(error)})
+def _obey_all(client: FolderClient, session: Session, name: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(name)
+        with connection.makefile("rw") as channel:
+            while line := channel.readline():
+                command, *arguments = json.loads(line)
+                answer: dict[str, Any]
+                try:
+                    answer = {"result": _obey(client, session, command, arguments)}
+                except (AssertionError, AttributeError, TypeError) as error:  # the test must not wait for ever
+                    answer = {"error": repr(error)}
+                channel.write(json.dumps(answer) + "\n")
+                channel.flush()
 
 
 def _obey(client: FolderClient, session: Session, name: str, arguments: list[str]) -> Any:
@@ -122,29 +144,36 @@ def _drop_sys_admin() -> None:
     assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
 
 
-def main() -> int:
-    folder, target, text = sys.argv[1:]
+def _work(client: FolderClient, options: MountOptions, name: bytes, control_fd: int, *, drop_sys_admin: bool) -> None:
+    """Be the worker."""
+
+    def on_session(session: Session) -> None:
+        if drop_sys_admin:
+            _drop_sys_admin()
+        threading.Thread(target=_obey_all, args=(client, session, name), daemon=True).start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor
+    serve_slot(client, options, control_fd, on_session=on_session)
+
+
+def main() -> None:
+    role, folder, target, text, name, fd = sys.argv[1:]
     given = json.loads(text)
     client = FolderClient(folder, freshness_s=given.pop("freshness_s", 60.0))
     for path in given.pop("uncached", []):
         client.uncache(path)
     drop_sys_admin = given.pop("drop_sys_admin", False)
-    given["mode"] = Mode(given.get("mode", "auto"))
-    sessions: list[Session] = []
-
-    def on_session(session: Session) -> None:
-        if drop_sys_admin:
-            _drop_sys_admin()
-        sessions.append(session)
-        threading.Thread(target=_obey_all, args=(client, sessions), daemon=True).start()
-
+    options = MountOptions(**given | {"mode": Mode(given.get("mode", "auto"))})
+    if role == "worker":
+        _work(client, options, bytes.fromhex(name), int(fd), drop_sys_admin=drop_sys_admin)
+        return
+    command = [sys.executable, __file__, "worker", folder, target, text, name, CONTROL]
     try:
-        serve(client, target, MountOptions(**given), lambda: _say("ready"), on_session=on_session)
+        launch(client, target, options, command, ready_fd=int(fd))
     except OrchestraError as error:
-        _say(str(error))
-        return 1
-    return 0
+        ReadyPipe(int(fd)).fail(error.message)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -53,7 +53,7 @@ def test_a_client_loads_few_modules_and_no_heavy_one() -> None:
         ("orchestra.cli.daemon", set()),
         ("orchestra.cli.fuse", set()),
         ("orchestra.cli.demo", set()),
-        ("orchestra.fuse.serve", set()),
+        ("orchestra.fuse.worker", set()),
         ("orchestra.filesystem", {"fsspec"}),
     ],
 )

@@ -25,7 +25,6 @@ REASON_CHARACTERS_MIN = 20
 BROAD_EXCEPTS = {
     "orchestra/cli/main.py": "the command line's outermost frame",
     "orchestra/fuse/channel.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
-    "orchestra/fuse/serve.py": "the outermost frame of a reading thread, raised again by the one that waits",
     "orchestra/fuse/session.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
     "orchestra/daemon/api/between.py": "the outermost frame of a request of another node: it answers 500",
     "orchestra/daemon/api/peer.py": "the outermost frame of a request of another node: it breaks the connection off",
