@@ -88,6 +88,27 @@ def read_small_file(path: str, digest: bytes, size_bytes: int, boot_id: bytes) -
     return data
 
 
+def read_small_into(path: str, digest: bytes, size_bytes: int, boot_id: bytes, buffer: memoryview) -> int | None:
+    """As `read_small_file`, into `buffer`, which has room for a byte more than the object; return the size or None.
+
+    What is in the buffer after None means nothing.
+    """
+    try:
+        fd = os.open(path, _OPEN_FLAGS)
+    except OSError:
+        return None
+    try:
+        count = os.preadv(fd, [buffer[: size_bytes + 1]], 0)
+        raw = _raw_seal(path, fd)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    if count != size_bytes or raw != pack_seal(boot_id, digest, size_bytes, crc32c.crc32c(buffer[:size_bytes])):
+        return None
+    return count
+
+
 def open_map(path: str, *, writable: bool = False) -> PresenceMap | None:
     """Map the presence map at `path`; None if it is missing or not intact."""
     try:

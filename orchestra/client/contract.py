@@ -181,6 +181,11 @@ class Client(Protocol):
         """
         ...
 
+    def read_small_into(self, entry: Entry, buffer: memoryview) -> int | None:
+        """Put the whole object of `entry` into `buffer` if it is a small one (a block at most, and shorter than the
+        buffer) and on this node's disk; return its size, or None, after which `open` says more. Never waits."""
+        ...
+
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of the object, cut at its end."""
         ...

@@ -111,6 +111,9 @@ class GuestClient(NodeClient):
         local = _NothingHere(self._layout, self.geometry, digest, entry.size_bytes, boot_id=self._boot_id)
         return NodeHandle(self, entry, digest, local)
 
+    def read_small_into(self, entry: Entry, buffer: memoryview) -> None:
+        """See Client: nothing is on this disk."""
+
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Client."""
         handle = self.open(path)

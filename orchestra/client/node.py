@@ -26,7 +26,7 @@ from orchestra.client.memory import keep_freed_memory
 from orchestra.client.process import start_daemon
 from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
-from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire
+from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire, range_to_wire
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config
 from orchestra.errors import (
@@ -217,6 +217,10 @@ class NodeClient:
         digest = ObjectId(location.mount.store_id, location.key, entry.version).digest()
         return NodeHandle(self, entry, digest, self._local(digest, entry.size_bytes))
 
+    def read_small_into(self, entry: Entry, buffer: memoryview) -> int | None:
+        """See Client."""
+        return self._small_reads().read_into(entry, buffer)
+
     def read_file(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Client."""
         keep_freed_memory()
@@ -276,7 +280,7 @@ class NodeClient:
 
         It goes on to fetch up to `ahead_stop` without being waited for. `suspect`: a checksum did not match.
         """
-        body = _wanted(entry, digest, start, stop)
+        body = range_to_wire(entry, digest, start, stop)
         body["ahead_stop"] = ahead_stop
         if suspect:
             body["suspect"] = True
@@ -284,7 +288,7 @@ class NodeClient:
 
     def read_through(self, entry: Entry, digest: str, offset: int, view: memoryview) -> int:
         """Have the daemon send the bytes: when they cannot be kept, or not be read here."""
-        body = _wanted(entry, digest, offset, offset + len(view))
+        body = range_to_wire(entry, digest, offset, offset + len(view))
         return self._with_daemon(lambda connection: connection.read_into("/v1/read", body, view))
 
     def miss_stream(self) -> MissStream | None:
@@ -481,14 +485,3 @@ def _existing(known: Known, path: str) -> RecordEntry:
     if known.entry is None:
         raise NotFoundError(f"no such file or directory: {path}")
     return known.entry
-
-
-def _wanted(entry: Entry, digest: str, start: int, stop: int) -> dict[str, Any]:
-    return {
-        "path": entry.path,
-        "version": entry.version,
-        "digest": digest,
-        "size_bytes": entry.size_bytes,
-        "start": start,
-        "stop": stop,
-    }

@@ -1,4 +1,4 @@
-"""Whole small files of this node's disk, many in one call: what an epoch of a training reads.
+"""Whole small files of this node's disk: many in one call, as an epoch of a training reads them, or one known entry.
 
 Owns: looking up a batch of names by their directories, each directory once, and the shortest way from a name to its
 checked bytes. Leaves to others: everything unusual (not cached, not known, no such file, large, empty, a name with an
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
-from orchestra.blocks.reader import read_small_file
+from orchestra.blocks.reader import read_small_file, read_small_into
 from orchestra.errors import OrchestraError
 from orchestra.metadata.reader import MetadataReader
 from orchestra.metadata.records import Record
 from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import normalize_path
 from orchestra.namespace.published import PublishedMount
-from orchestra.values import EntryKind, ObjectId
+from orchestra.values import Entry, EntryKind, ObjectId
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,24 @@ class SmallReads:
         if data is not None:
             self._note_hit(raw_digest, 0, 1, len(data))
         return data
+
+    def read_into(self, entry: Entry, buffer: memoryview) -> int | None:
+        """See Client.read_small_into. Against `open` and a read it saves three objects, two calls and two locks."""
+        size_bytes = entry.size_bytes
+        if not 0 < size_bytes <= self._size_max or size_bytes >= len(buffer):
+            return None
+        try:
+            location = self._table.locate(entry.path)
+        except OrchestraError:
+            return None
+        if location is None or location.mount.error or not location.key:
+            return None
+        digest = ObjectId(location.mount.store_id, location.key, entry.version).digest()
+        raw_digest = bytes.fromhex(digest)
+        count = read_small_into(self._small_file(digest), raw_digest, size_bytes, self._boot_id, buffer)
+        if count is not None:
+            self._note_hit(raw_digest, 0, 1, count)
+        return count
 
     def _look(self, head: str) -> _Folder | None:
         """What is known and fresh of the directory `head` ("" for the root)."""

@@ -223,3 +223,15 @@ def entry_from_wire(path: str, body: dict[str, Any]) -> Entry:
         return Entry(path, EntryKind(body["kind"]), body["size_bytes"], body["mtime_ns"], body["version"])
     except (KeyError, ValueError) as error:
         raise OrchestraError(f"the daemon's answer about {path} cannot be understood") from error
+
+
+def range_to_wire(entry: Entry, digest: str, start: int, stop: int) -> dict[str, Any]:
+    """Return how the bytes [start, stop) of an object are asked for."""
+    return {
+        "path": entry.path,
+        "version": entry.version,
+        "digest": digest,
+        "size_bytes": entry.size_bytes,
+        "start": start,
+        "stop": stop,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from orchestra.blocks.formats import SEAL_ATTRIBUTE
 from orchestra.client.node import NodeClient
 from orchestra.clock import ManualClock
 from orchestra.errors import NotFoundError, UsageError
+from orchestra.values import Entry
 from tests.support.cache import BLOCK, data_of
 from tests.support.node import ThreadNode, thread_node
 from tests.support.ram import ram_folder
@@ -62,6 +64,13 @@ def quick(client: NodeClient, path: str) -> bytes | None:
     return client._small_reads().read(path)
 
 
+def put_into(client: NodeClient, entry: Entry, room_bytes: int = 2 * BLOCK) -> bytes | None:
+    """What `read_small_into` puts into a buffer of that length."""
+    buffer = memoryview(bytearray(room_bytes))
+    count = client.read_small_into(entry, buffer)
+    return None if count is None else bytes(buffer[:count])
+
+
 def cache_file(client: NodeClient, path: str) -> Path:
     handle = client.open(path)
     handle.close()
@@ -75,6 +84,24 @@ def test_what_is_cached_is_read_the_short_way_without_a_message(client: NodeClie
     assert quick(client, "/data/deep/c/") == FILES["deep/c"]
     assert quick(client, "/data/inner/d") == data_of("inner d", 1000)
     assert client.messages_sent == sent
+
+
+@pytest.mark.parametrize("path", ["/data/a", "/data/deep/c", "/data/deep/x//y", "/data//lead", "/data/inner/d"])
+def test_a_known_entry_is_put_into_a_buffer_that_is_longer(client: NodeClient, path: str) -> None:
+    """Its bytes, without a message; a buffer that has not a byte more than the file tells nothing."""
+    entry = client.stat(path)
+    sent = client.messages_sent
+    assert put_into(client, entry, 1001) == put_into(client, entry) == client.read_file(path)
+    assert put_into(client, entry, 1000) is None
+    assert client.messages_sent == sent
+
+
+def test_what_is_no_small_file_here_is_put_into_no_buffer(client: NodeClient) -> None:
+    """Directories, empty and large files, another version, a path that no mount covers."""
+    entries = [client.stat(path) for path in ("/", "/data", "/data/deep", "/data/empty", "/data/large")]
+    known = client.stat("/data/a")
+    entries += [replace(known, version="another"), replace(known, path="/elsewhere/a"), replace(known, size_bytes=999)]
+    assert [put_into(client, entry) for entry in entries] == [None] * len(entries)
 
 
 @pytest.mark.parametrize(
@@ -125,21 +152,22 @@ def test_damage_is_never_data(client: NodeClient, damage: str) -> None:
     except OSError:
         if "seal" in damage:
             pytest.skip("no extended attributes on this file system")
+    entry = client.stat("/data/a")
     DAMAGE[damage](file)
-    assert quick(client, "/data/a") is None
+    assert (quick(client, "/data/a"), put_into(client, entry)) == (None, None)
     assert client.read_many(["/data/a", "/data/b"]) == [FILES["a"], FILES["b"]]
 
 
 def test_another_objects_file_under_the_name_is_refused(client: NodeClient) -> None:
     """The seal names its object."""
     cache_file(client, "/data/b").rename(cache_file(client, "/data/a"))
-    assert quick(client, "/data/a") is None
+    assert (quick(client, "/data/a"), put_into(client, client.stat("/data/a"))) == (None, None)
 
 
 def test_another_boots_file_is_refused(client: NodeClient) -> None:
     """The seal names the boot that vouches for the bytes."""
     client._boot_id = bytes(16)
-    assert quick(client, "/data/a") is None
+    assert (quick(client, "/data/a"), put_into(client, client.stat("/data/a"))) == (None, None)
 
 
 def test_an_old_listing_does_not_answer(client: NodeClient, clock: ManualClock) -> None:
@@ -163,3 +191,45 @@ def test_a_batch_looks_at_each_directory_once(client: NodeClient, monkeypatch: p
     monkeypatch.setattr(client._metadata, "listing", counted)
     client.read_many(["/data/a", "/data/deep/c", "/data/b", "/data/deep/c"] * 10)
     assert looked == ["", "deep/"]
+
+
+def test_a_long_use_does_not_age_what_is_read_next(client: NodeClient, clock: ManualClock) -> None:
+    """What is done with a file may take longer than the mount's freshness: the next name is then asked for again."""
+    sent = client.messages_sent
+    assert client.read_many(["/data/a", "/data/b"], use=len) == [1000, 1000]
+    assert client.messages_sent == sent
+    contents: list[bytes] = []
+
+    def use(data: bytes) -> None:
+        contents.append(data)
+        clock.advance(61)
+
+    client.read_many(["/data/a", "/data/b"], use=use)
+    assert contents == [FILES["a"], FILES["b"]]
+    assert client.messages_sent > sent
+
+
+def test_what_is_here_is_used_before_the_next_is_read(client: NodeClient) -> None:
+    """So that its bytes are used while the processor's cache holds them: the second file is damaged by the use of the
+    first, and comes anew."""
+    second = cache_file(client, "/data/b")
+    sent = client.messages_sent
+
+    def use(data: bytes) -> bytes:
+        if data == FILES["a"]:
+            second.write_bytes(b"damaged")
+        return data
+
+    assert client.read_many(["/data/a", "/data/b"], use=use) == [FILES["a"], FILES["b"]]
+    assert client.messages_sent > sent
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [0, 2], [0, 1, 2]])
+def test_contents_are_used_in_order_whatever_is_cached(client: NodeClient, lost: list[int]) -> None:
+    """A transform that draws random numbers draws the same ones, cold or warm."""
+    names = ["a", "b", "deep/c"]
+    for number in lost:
+        cache_file(client, f"/data/{names[number]}").unlink()
+    used: list[bytes] = []
+    client.read_many([f"/data/{name}" for name in names], use=used.append)
+    assert used == [FILES[name] for name in names]
