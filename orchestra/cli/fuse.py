@@ -18,6 +18,7 @@ from orchestra.cli.fuse_unit import unit_text, words_of_mount_options
 from orchestra.cli.fuse_uri import attach_uri
 from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
+from orchestra.client.process import foreign_owner
 from orchestra.errors import MountError, OrchestraError, UsageError
 from orchestra.fuse import background, mount, registry
 from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, WORKERS_MAX, Mode, MountOptions
@@ -139,6 +140,7 @@ def _split(what: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _options(session: Session, root: str, given: Mapping[str, Any]) -> MountOptions:
+    is_guest = foreign_owner(session.config.cache.dir) is not None
     timeouts = [given[name] for name in ("attr_timeout", "entry_timeout") if given[name] is not None]
     return MountOptions(
         root=root,
@@ -150,8 +152,9 @@ def _options(session: Session, root: str, given: Mapping[str, Any]) -> MountOpti
         attr_timeout_s=min(timeouts) if timeouts else None,
         read_ahead_kib=READ_AHEAD_KIB if given["read_ahead"] is None else given["read_ahead"] // KIB,
         cache_dir=session.config.cache.dir,
-        # With autostart a miss starts the daemon itself, and what keeps it from starting will not go by itself.
-        daemon_wait_s=0.0 if session.config.daemon.autostart else session.config.daemon.wait_s,
+        # With autostart a miss starts the daemon itself, and what keeps it from starting will not go by itself. Another
+        # user's daemon is not ours to start.
+        daemon_wait_s=0.0 if session.config.daemon.autostart and not is_guest else session.config.daemon.wait_s,
     )
 
 

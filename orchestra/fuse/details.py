@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from orchestra.client.contract import Client
@@ -18,7 +19,7 @@ from orchestra.errors import OrchestraError
 from orchestra.fuse.channel import Channel
 from orchestra.fuse.inodes import Inode, InodeTable
 from orchestra.fuse.options import NAME_BYTES_MAX
-from orchestra.fuse.protocol import BODY, GETXATTR_IN, data_reply, statfs_reply, xattr_size_reply
+from orchestra.fuse.protocol import BODY, GETXATTR_IN, data_reply, error_reply, statfs_reply, xattr_size_reply
 from orchestra.values import Entry
 
 PREFIX = b"user.orchestra."
@@ -33,7 +34,7 @@ class DetailedClient(Protocol):
     """A client that can also say where bytes are; `orchestra.client.node.NodeClient` can."""
 
     def cached_bytes(self, entry: Entry) -> int:
-        """How many bytes of that version are on this node's disk. Sends nothing."""
+        """How many bytes of that version are on this node's disk; may ask the daemon."""
         ...
 
     def store_of(self, path: str) -> str:
@@ -61,20 +62,19 @@ class Details:
         """GETXATTR: user.orchestra.version, cached, location and store of a file; ENODATA for the rest."""
         size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
         name = bytes(self._incoming[BODY + GETXATTR_IN.size : end - 1])
-        value = None
-        if name.startswith(PREFIX):
-            inode = self._table.get(nodeid) or self._table.load(nodeid)
-            value = self._value(inode, name) if inode is not None else None
-        if value is None:
+        inode = (self._table.get(nodeid) or self._table.load(nodeid)) if name.startswith(PREFIX) else None
+        if inode is None or name not in self._names_of(inode):
             self._channel.send_error(unique, errno.ENODATA)
             return
-        self._send(unique, size, value.encode("utf-8", "surrogateescape"))
+        # A guest's client asks the daemon for some of them.
+        self._channel.wait(unique, partial(self._look, unique, size, inode.entry, name))
 
     def listxattr(self, unique: int, nodeid: int, end: int) -> None:
         """LISTXATTR."""
         size, _ = GETXATTR_IN.unpack_from(self._incoming, BODY)
         inode = self._table.get(nodeid) or self._table.load(nodeid)
-        self._send(unique, size, b"".join(name + b"\0" for name in self._names_of(inode)) if inode is not None else b"")
+        names = self._names_of(inode) if inode is not None else []
+        self._channel.send(_value_reply(unique, size, b"".join(name + b"\0" for name in names)))
 
     def _names_of(self, inode: Inode) -> list[bytes]:
         if inode.entry.is_directory:
@@ -83,10 +83,10 @@ class Details:
         names += ["cached", "location", "store"] if self._client is not None else []
         return [PREFIX + name.encode() for name in names]
 
-    def _value(self, inode: Inode, name: bytes) -> str | None:
-        if name not in self._names_of(inode):
-            return None
-        entry = inode.entry
+    def _look(self, unique: int, size: int, entry: Entry, name: bytes) -> tuple[bytes, None]:
+        return _value_reply(unique, size, self._value(entry, name).encode("utf-8", "surrogateescape")), None
+
+    def _value(self, entry: Entry, name: bytes) -> str:
         what = name.removeprefix(PREFIX)
         if what == b"version":
             return entry.version
@@ -97,14 +97,6 @@ class Details:
         if what == b"cached":
             return f"{cached}/{entry.size_bytes}"
         return os.uname().nodename if cached or not entry.size_bytes else "the store only"
-
-    def _send(self, unique: int, size: int, value: bytes) -> None:
-        if size == 0:
-            self._channel.send(xattr_size_reply(unique, len(value)))
-        elif size < len(value):
-            self._channel.send_error(unique, errno.ERANGE)
-        else:
-            self._channel.send(data_reply(unique, value))
 
     # -- the mount ------------------------------------------------------------------------------------------------
 
@@ -132,3 +124,10 @@ class Details:
             self._usage = self._client.usage()
         except OrchestraError:
             return  # no daemon now: the last figures hold
+
+
+def _value_reply(unique: int, size: int, value: bytes) -> bytes:
+    """Return the answer to who has room for `size` bytes; 0: who asks how many there are."""
+    if size == 0:
+        return xattr_size_reply(unique, len(value))
+    return error_reply(unique, errno.ERANGE) if size < len(value) else data_reply(unique, value)
