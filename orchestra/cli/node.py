@@ -95,7 +95,9 @@ def _size(size_bytes: int | None) -> str:
 
 
 def _note(row: dict[str, Any]) -> str:
+    copies = row["hot_copies"]
     notes = ["this node"] if row["is_self"] else []
+    notes += [f"{copies} hot cop{'y' if copies == 1 else 'ies'}"] if copies else []
     return "; ".join([*notes, row["note"]] if row["note"] else notes)
 
 
@@ -105,6 +107,7 @@ def where_lines(nodes: list[dict[str, Any]], size_bytes: int) -> list[str]:
     for one in sorted(nodes, key=lambda one: (not one["held_bytes"] and not one["owns_bytes"], one["node_id"])):
         held = "does not answer" if one["error"] else format_percent(one["held_bytes"], size_bytes)
         owns = f", owns {format_percent(one['owns_bytes'], size_bytes)}" if one["owns_bytes"] else ""
+        hot = f", {format_percent(one['hot_bytes'], size_bytes)} because it is read often" if one["hot_bytes"] else ""
         here = " (this node)" if one["is_self"] else ""
-        lines.append(f"{one['node_id']}{here}: {held}{owns}")
+        lines.append(f"{one['node_id']}{here}: {held}{owns}{hot}")
     return lines

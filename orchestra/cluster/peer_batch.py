@@ -14,6 +14,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import crc32c
 
@@ -41,6 +42,8 @@ _CHUNK_BYTES_MAX = BATCH_BYTES_MAX + BATCH_COUNT_MAX * FRAME_HEAD_BYTES
 _STALL_LOOKS = 4
 
 Prove = Callable[[str, str, str, bytes], Mapping[str, str]]
+# Told who else holds a part, by places in the ring's order.
+Heard = Callable[[ExtentPart, int], None]
 
 
 @dataclass(order=True, slots=True)
@@ -55,8 +58,17 @@ class BatchClient:
     """Asks one node for small objects. One event loop; connects to nothing before its first request."""
 
     def __init__(
-        self, address: str, host: str, port: int, prove: Prove, *, connect_timeout_s: float, stall_timeout_s: float
+        self,
+        address: str,
+        host: str,
+        port: int,
+        prove: Prove,
+        *,
+        connect_timeout_s: float,
+        stall_timeout_s: float,
+        heard: Heard,
     ) -> None:
+        self._heard = heard
         self._address = address
         self._host = host
         self._port = port
@@ -160,7 +172,9 @@ class BatchClient:
     async def _connect(self) -> _Stream:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                _, stream = await asyncio.get_running_loop().create_connection(_Stream, self._host, self._port)
+                _, stream = await asyncio.get_running_loop().create_connection(
+                    partial(_Stream, self._heard), self._host, self._port
+                )
         except TimeoutError as error:
             raise PeerError(Cause.CONNECT_TIMEOUT, f"no connection within {self._connect_timeout_s:g}s") from error
         except OSError as error:
@@ -175,7 +189,8 @@ class _IdleClosedError(Exception):
 class _Stream(asyncio.BufferedProtocol):
     """One connection, one batch at a time: the head, then chunks of whole frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Heard) -> None:
+        self._heard = heard
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
@@ -335,7 +350,7 @@ class _Stream(asyncio.BufferedProtocol):
                 raise PeerError(Cause.UNREADABLE, "an object that was not asked for")
             part = self._batch[frame.index].part
             wanted = part.size_bytes if frame.status == OK else 0
-            if frame.length != wanted or frame.digest.hex() != part.digest or frame.block_index:
+            if frame.length != wanted or frame.digest.hex() != part.digest:
                 raise PeerError(Cause.UNREADABLE, "another object than was asked for")
         elif frame.length:
             raise PeerError(Cause.UNREADABLE, "a sign of work with bytes")
@@ -364,7 +379,8 @@ class _Stream(asyncio.BufferedProtocol):
         if frame.status == WORKING:
             return
         self._left.discard(frame.index)
-        answer = self._batch[frame.index].answer
+        asked = self._batch[frame.index]
+        answer = asked.answer
         if answer.done():
             return
         if frame.status != OK:
@@ -372,4 +388,6 @@ class _Stream(asyncio.BufferedProtocol):
         elif crc32c.crc32c(data) != frame.checksum:
             answer.set_exception(PeerError(Cause.CHECKSUM, "the bytes are not the object's"))
         else:
+            if frame.places:
+                self._heard(asked.part, frame.places)
             answer.set_result(data)

@@ -4,8 +4,8 @@ Owns: the body of the request, the frames of the answer. Leaves to others: sendi
 api), proofs (proof).
 
 The answer is one stream, in chunks of whole frames, in the order in which the objects are ready. A frame is a head of
-32 bytes and the object's bytes; `index` is the object's place in the request. A frame of status WORKING and no bytes
-says that the node is at work on what is still missing.
+32 bytes and the object's bytes; `index` is the object's place in the request, `places` tell who else holds it (see
+cluster.heat). A frame of status WORKING and no bytes says that the node is at work on what is still missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Frame:
     """The head of one object in the answer."""
 
     digest: bytes
-    block_index: int
+    places: int
     length: int
     checksum: int
     status: int
@@ -60,7 +60,7 @@ class Frame:
 
     def pack(self) -> bytes:
         """Return the bytes on the wire."""
-        return _FRAME.pack(self.digest, self.block_index, self.length, self.checksum, self.status, self.index)
+        return _FRAME.pack(self.digest, self.places, self.length, self.checksum, self.status, self.index)
 
 
 def unpack_frame(raw: bytes | bytearray | memoryview, offset: int = 0) -> Frame:

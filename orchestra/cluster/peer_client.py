@@ -10,17 +10,19 @@ import asyncio
 import socket
 from collections.abc import Mapping
 
-from orchestra.cluster.peer_batch import BatchClient, Prove
+from orchestra.cluster.peer_batch import BatchClient, Heard, Prove
 from orchestra.cluster.peer_blocks import SMALL_BYTES_MAX
 from orchestra.cluster.peer_socket import BlockSocket, IdleClosedError, PeerAnswer, Receivers
 from orchestra.cluster.peer_wire import (
     CHECKSUMS,
+    COPIES,
     WORKING_MAX_S,
     Cause,
     ExtentPart,
     PeerError,
     cause_of,
     parse_checksums,
+    parse_places,
 )
 from orchestra.config_cluster import split_address
 from orchestra.stores.contract import Buffer
@@ -37,6 +39,10 @@ def no_proof(method: str, target: str, range_header: str, body: bytes) -> Mappin
     return {}
 
 
+def _deaf(part: ExtentPart, places: int) -> None:
+    """For who always asks in the ring's order."""
+
+
 class PeerClient:
     """Asks one node at one address. One event loop; connects to nothing before its first request."""
 
@@ -50,8 +56,9 @@ class PeerClient:
         stall_timeout_s: float = STALL_TIMEOUT_S,
         requests_max: int = REQUESTS_MAX,
         receivers: Receivers | None = None,
+        heard: Heard = _deaf,
     ) -> None:
-        """`receivers` are shared with the clients of other nodes."""
+        """`receivers` are shared with the clients of other nodes; `heard` is told who else holds what came."""
         self.address = address
         self._prove = prove
         self._block_size_bytes = block_size_bytes
@@ -63,8 +70,12 @@ class PeerClient:
         self._free = asyncio.Semaphore(requests_max)
         host, port = split_address(address)
         self.batches = BatchClient(
-            *(address, host, port, prove), connect_timeout_s=connect_timeout_s, stall_timeout_s=stall_timeout_s
+            *(address, host, port, prove),
+            connect_timeout_s=connect_timeout_s,
+            stall_timeout_s=stall_timeout_s,
+            heard=heard,
         )
+        self._heard = heard
 
     async def fetch(self, part: ExtentPart) -> Buffer:
         """Return exactly those bytes, each block's checksum compared: a small object in a batch with others, anything
@@ -146,4 +157,6 @@ class PeerClient:
             raise PeerError(Cause.UNREADABLE, str(error)) from error
         if checksums != answer.checksums:
             raise PeerError(Cause.CHECKSUM, f"bytes of {part.range_header} are not the object's")
+        if places := parse_places(answer.headers.get(COPIES.lower(), "")):
+            self._heard(part, places)
         return answer.data

@@ -21,6 +21,8 @@ from orchestra.values import ByteRange, ObjectId
 EXTENTS: Final = "/v1/peer/extents/"
 CHECKSUMS: Final = "Orchestra-Crc32c"
 RING: Final = "Orchestra-Ring"
+# Who else holds the extent because it is read so often: see cluster.heat.
+COPIES: Final = "Orchestra-Copies"
 # A key of 1,024 bytes is 3 KiB percent-encoded; the checksums of a part of 1,024 blocks are 9 KiB.
 HEAD_BYTES_MAX: Final = 16 * 1024
 # A peer that only says that it works on it is believed for as long as a read of its store may take with all its tries.
@@ -158,6 +160,17 @@ def parse_checksums(text: str, count: int) -> tuple[int, ...]:
     if len(text) != 8 * count:
         raise ValueError(f"{count} checksums were expected, not {text[:80]!r}")
     return tuple(int(text[at : at + 8], 16) for at in range(0, len(text), 8))
+
+
+def encode_places(places: int) -> str:
+    """The header's value: a bit for each place in the ring's order, in hex."""
+    return f"{places:x}"
+
+
+def parse_places(text: str) -> int:
+    """Return those places; none for what cannot be understood: they only spare the owner work."""
+    is_number = 1 <= len(text) <= 4 and all(letter in "0123456789abcdef" for letter in text)
+    return int(text, 16) if is_number else 0
 
 
 def _quoted(text: str) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from orchestra.clock import Clock
-from orchestra.cluster.peer_batch import Prove
+from orchestra.cluster.peer_batch import Heard, Prove
 from orchestra.cluster.peer_client import CONNECT_TIMEOUT_S, STALL_TIMEOUT_S, PeerClient, no_proof
 from orchestra.cluster.peer_socket import Receivers
 from orchestra.cluster.peer_wire import BROKEN_CAUSES, Cause, ExtentPart, PeerError
@@ -34,6 +34,8 @@ _TIMES_KEPT = 64
 _PATIENCE_UNKNOWN_S = 0.1
 _PATIENCE_MIN_S = 0.02
 _LATE_MAX = 64
+# A node that had no room for a block is taken to have none for others either, for so long.
+_FULL_S = 5.0
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class _Peer:
     client: PeerClient
     counts: PeerCounts
     paused_until_s: float = 0.0
+    full_until_s: float = 0.0
     pause_s: float = 0.0
     took_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES_KEPT))
 
@@ -69,6 +72,10 @@ class Peers:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
+        # Told who else holds what came, by places in the ring's order.
+        self.heard: Heard = lambda part, places: None
+        # Told of a part that came from that node with other bytes than it should have.
+        self.doubted: Callable[[str, ExtentPart], None] = lambda node_id, part: None
         self._clock = clock
         self._signer = signer
         self._receivers = Receivers()
@@ -79,6 +86,7 @@ class Peers:
             block_size_bytes=block_size_bytes,
             connect_timeout_s=connect_timeout_s,
             stall_timeout_s=stall_timeout_s,
+            heard=lambda part, places: self.heard(part, places),
         )
         self._peers: dict[str, _Peer] = {}
         self._counts: dict[str, PeerCounts] = {}
@@ -111,6 +119,11 @@ class Peers:
         """Whether that node can be asked at all."""
         return node_id in self._peers
 
+    def is_no_keeper(self, node_id: str) -> bool:
+        """Whether that node keeps nothing now: it is not there, is left alone, or had no room a moment ago."""
+        peer, now_s = self._peers.get(node_id), self._now_s()
+        return peer is None or now_s < max(peer.paused_until_s, peer.full_until_s)
+
     async def read(self, part: ExtentPart, node_ids: Sequence[str]) -> Buffer | None:
         """Return those bytes from the first of these nodes that gives them; None if none does, each for a counted
         cause. Where a reader waits and a node takes longer than it nearly always does, the next one is asked as well
@@ -124,6 +137,15 @@ class Peers:
             if data is not None:
                 return data
         return None
+
+    async def read_copy(self, part: ExtentPart, node_id: str, owners: Sequence[str]) -> Buffer | None:
+        """Return those bytes if that node holds them; where a reader waits and it takes long, an owner is asked for
+        what it holds, too."""
+        peer, held = self._usable(node_id), replace(part, held_only=True)
+        if peer is None:
+            return None
+        second = None if part.priority else self._second([owner for owner in owners if owner != node_id])
+        return await (self._ask(peer, held) if second is None else self._ask_hedged(peer, second, held))
 
     def _usable(self, node_id: str) -> _Peer | None:
         peer = self._peers.get(node_id)
@@ -143,6 +165,8 @@ class Peers:
             data = await peer.client.fetch(part)
         except PeerError as error:
             self._failed(peer, error)
+            if error.cause is Cause.CHECKSUM:
+                self.doubted(peer.record.node_id, part)
             return None
         peer.took_s.append(self._now_s() - began_s)
         peer.counts.bytes_received += len(data)
@@ -178,6 +202,8 @@ class Peers:
     def _failed(self, peer: _Peer, error: PeerError) -> None:
         cause = error.cause
         peer.counts.failures[cause] = peer.counts.failures.get(cause, 0) + 1
+        if cause is Cause.NOT_KEPT:
+            peer.full_until_s = self._now_s() + _FULL_S
         if cause not in BROKEN_CAUSES:
             return
         if not peer.pause_s or cause is Cause.CHECKSUM:

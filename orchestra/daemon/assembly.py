@@ -177,7 +177,13 @@ def _clustered(
     cluster = ClusterNode(settings, secret, config.cache.size_bytes, clock, block_size_bytes=block_size)
     between = ByteBudget(config.fetch.in_flight_bytes_max)
     shared = SharedFetcher(engine.fetcher, cluster.peers, cluster, between, ufs_fallback=settings.ufs_fallback)
-    engine.sharing = ClusterSharing(shared, engine.blocks, geometry, replicas=settings.replicas)
+    engine.sharing = ClusterSharing(
+        shared,
+        engine.blocks,
+        geometry,
+        replicas=settings.replicas,
+        write_errors=lambda: engine.statistics.cache_write_errors,
+    )
     cluster.shared = shared
     boot = boot_id()
 

@@ -37,12 +37,16 @@ def secret_of(cluster: ClusterConfig) -> bytes | None:
     return None if cluster.secret_file is None else read_secret(cluster.secret_file)
 
 
-class KeepsCopies(Protocol):
-    """What is told of copies; see daemon.replicas."""
+class Counts(Protocol):
+    """What has numbers to show."""
 
     def status(self) -> dict[str, int]:
         """Return its counts."""
         ...
+
+
+class KeepsCopies(Counts, Protocol):
+    """What is told of copies; see daemon.replicas."""
 
     def take(self, lines: Sequence[object]) -> None:
         """Fetch these parts when there is nothing better to do. Raises UsageError."""
@@ -85,6 +89,8 @@ class ClusterNode:
         self.shared: SharedFetcher | None = None
         self.service: PeerService | None = None
         self.replicas: KeepsCopies | None = None
+        self.hot: Counts | None = None
+        self.doubts: Counts | None = None
         self.member = ClusterMember(record, make_driver(cluster, record, clock), clock, self._tell)
 
     @property
@@ -137,6 +143,8 @@ class ClusterNode:
             "nodes": [asdict(record) for record in self.members],
             "source_error": self.member.membership.source_error,
             "replicas": {} if self.replicas is None else self.replicas.status(),
+            "hot": {} if self.hot is None else self.hot.status(),
+            "doubts": {} if self.doubts is None else self.doubts.status(),
             "shared": {} if self.shared is None else asdict(self.shared.statistics),
             "peers": {node_id: asdict(counts) for node_id, counts in self.peers.counts().items()},
         }

@@ -12,6 +12,7 @@ import select
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.reader import FilePlace, LocalObject
@@ -37,13 +38,15 @@ _PAUSE_MAX_MS = 50
 class HeldPart:
     """Bytes in an open file; closed by whoever asked, and kept open while a thread sends from it."""
 
-    __slots__ = ("_local", "_lock", "_users_count", "place")
+    __slots__ = ("_local", "_lock", "_users_count", "place", "places")
 
-    def __init__(self, local: LocalObject, place: FilePlace) -> None:
+    def __init__(self, local: LocalObject, place: FilePlace, places: int) -> None:
+        """`places` tell who else holds it: see cluster.heat."""
         self._local = local
         self._lock = threading.Lock()
         self._users_count = 1
         self.place = place
+        self.places = places
 
     def use(self) -> None:
         """Keep the file open until `close` was called once more."""
@@ -57,6 +60,18 @@ class HeldPart:
             is_unused = not self._users_count
         if is_unused:
             self._local.close()
+
+
+class CountsReads(Protocol):
+    """What is told of each part that other nodes ask for; see daemon.nodes.hot."""
+
+    def asked(self, part: ExtentPart) -> None:
+        """Another node asks for that part."""
+        ...
+
+    def places_of(self, part: ExtentPart) -> int:
+        """Who else holds it because it is read so often; see cluster.heat."""
+        ...
 
 
 class PeerService:
@@ -78,10 +93,19 @@ class PeerService:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="for-peers")
         self._is_first_owner = is_first_owner
         self._read_small = read_small
+        # Set where there are copies of what is read often.
+        self.hot: CountsReads | None = None
+
+    def places_of(self, part: ExtentPart) -> int:
+        """Who else holds that part because it is read so often, as the answer tells the asker."""
+        return 0 if self.hot is None else self.hot.places_of(part)
 
     def held(self, part: ExtentPart) -> HeldPart | None:
         """Return those blocks if they are here now. Raises PeerError for what cannot be asked for."""
-        return self._open(part, self._blocks_of(part))
+        blocks = self._blocks_of(part)
+        if self.hot is not None:
+            self.hot.asked(part)
+        return self._open(part, blocks)
 
     async def bring(self, part: ExtentPart, *, suspect: bool = False) -> HeldPart:
         """Return those blocks, fetched first if they are not here. Raises PeerError; cancelling leaves fetches running
@@ -112,6 +136,18 @@ class PeerService:
         PeerError, what the engine raises."""
         return await self._engine.ensure(self._wanted(part, self._blocks_of(part), is_for_peer=False), priority)
 
+    async def look_at(self, part: ExtentPart) -> int:
+        """Check what is held of those blocks' extent against its checksums; return how many blocks were bad. They are
+        dropped, and those asked for are fetched anew. Raises PeerError."""
+        first = self._blocks_of(part).start
+        if not self._blocks.holds(part.digest, part.size_bytes, first):
+            return 0
+        loop = asyncio.get_running_loop()
+        bad = await loop.run_in_executor(self._engine.writers, self._blocks.verify, part.digest, part.size_bytes, first)
+        if bad:
+            (await self.bring(part)).close()
+        return bad
+
     def _wanted(self, part: ExtentPart, blocks: range, *, is_for_peer: bool) -> Wanted:
         size = part.size_bytes
         start = self._geometry.block_range(size, blocks.start).start
@@ -125,6 +161,8 @@ class PeerService:
         key = part.object_id.key
         if not self._geometry.is_small(part.size_bytes) or f"/{key}" != _normal(key):
             raise PeerError(Cause.REFUSED, "no such object of one block")
+        if self.hot is not None:
+            self.hot.asked(part)
         return self._blocks.holds(part.digest, part.size_bytes, 0)
 
     async def read_held(self, parts: Sequence[ExtentPart]) -> list[bytes | None]:
@@ -136,9 +174,11 @@ class PeerService:
 
     async def bring_small(self, part: ExtentPart) -> bytes:
         """As `bring`, the bytes of a small object."""
-        held = await self.bring(part)
-        held.close()
+        (await self.bring(part)).close()
         data = self._read(part)
+        if data is None:  # what is here and cannot be read is damaged, and fetched anew
+            (await self.bring(part, suspect=True)).close()
+            data = self._read(part)
         if data is None:
             raise PeerError(Cause.NOT_KEPT, "it left as soon as it came")
         return data
@@ -185,7 +225,7 @@ class PeerService:
         if place is None:
             local.close()
             return None
-        return HeldPart(local, place)
+        return HeldPart(local, place, self.places_of(part))
 
     def _blocks_of(self, part: ExtentPart) -> range:
         """The blocks of the object that are asked for. Raises PeerError unless they are whole ones of that extent, as

@@ -93,8 +93,10 @@ class Sharing(Protocol):
         """Return the parts as they can be asked of other nodes: each in one extent."""
         ...
 
-    def part(self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int]) -> Bringing:
-        """As Fetcher.part, from the blocks' owners or the store."""
+    def part(
+        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int], *, is_kept: bool = True
+    ) -> Bringing:
+        """As Fetcher.part, from the blocks' owners or the store; `is_kept` on this node, once they are here."""
         ...
 
     def hasten(self, task: asyncio.Task[bool], priority: Priority) -> None:
@@ -318,7 +320,7 @@ class Engine:
             marks = [self.stalls.now_ns()]
             try:
                 part = range(block, block + 1)
-                async with sharing.part(digest, wanted, part, Priority.DEMAND, marks) as data:
+                async with sharing.part(digest, wanted, part, Priority.DEMAND, marks, is_kept=False) as data:
                     self.stalls.add_flight(marks[0], [*marks, marks[-1]])
                     self.statistics.uncached_bytes += len(data)
                     start = max(wanted.byte_range.start, whole.start) - whole.start

@@ -7,7 +7,7 @@ when to go to the store (fetch.shared).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from orchestra.blocks.geometry import Geometry
@@ -22,11 +22,26 @@ if TYPE_CHECKING:
     from orchestra.engine.engine import Bringing, Wanted
 
 
+# After a block that could not be written; then another one is tried.
+_FULL_NS = 5_000_000_000
+
+
 class ClusterSharing:
     """See engine.Sharing. One event loop."""
 
-    def __init__(self, shared: SharedFetcher, blocks: BlockStore, geometry: Geometry, *, replicas: int) -> None:
-        """`replicas` holds for mounts that do not say."""
+    def __init__(
+        self,
+        shared: SharedFetcher,
+        blocks: BlockStore,
+        geometry: Geometry,
+        *,
+        replicas: int,
+        write_errors: Callable[[], int],
+    ) -> None:
+        """`replicas` holds for mounts that do not say; `write_errors` counts blocks that could not be written."""
+        self._write_errors = write_errors
+        self._errors_before = 0
+        self._full_until_ns = 0
         self._shared = shared
         self._blocks = blocks
         self._geometry = geometry
@@ -38,13 +53,26 @@ class ClusterSharing:
         return self._replicas if replication is None or replication.min is None else replication.min
 
     def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
-        """See engine.Sharing: owners do; others where the mount allows passive copies, in space that is free."""
+        """See engine.Sharing: owners do; others where the mount allows passive copies, or for other nodes, in space
+        that is free."""
         mount = wanted.mount.config
         extent = block // self._geometry.blocks_per_extent
+        if self._is_disk_full():
+            return False
         is_owner = self._shared.is_owner(digest, extent, self.replicas_of(mount))
         names = self._blocks.names_of(digest, wanted.info.size_bytes, range(block, block + 1))
         self._blocks.space.expect_copies(names, is_copy=not is_owner)
-        return is_owner or mount.replication is None or mount.replication.passive
+        # Other nodes ask one that is no owner to read through only where no owner can keep it.
+        return is_owner or wanted.is_for_peer or mount.replication is None or mount.replication.passive
+
+    def _is_disk_full(self) -> bool:
+        """Whether a block could not be written a moment ago, with all that may leave gone: to fetch the next one would
+        be to ask the store twice."""
+        errors, now_ns = self._write_errors(), self._shared.fetcher.stalls.now_ns()
+        if errors != self._errors_before:
+            self._errors_before = errors
+            self._full_until_ns = now_ns + _FULL_NS
+        return now_ns < self._full_until_ns
 
     def cut(self, parts: Iterable[range]) -> Iterator[range]:
         """See engine.Sharing."""
@@ -52,7 +80,9 @@ class ClusterSharing:
             for _, run in self._geometry.extents_of(part):
                 yield run
 
-    def part(self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int]) -> Bringing:
+    def part(
+        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int], *, is_kept: bool = True
+    ) -> Bringing:
         """See engine.Sharing."""
         size = wanted.info.size_bytes
         start = self._geometry.block_range(size, blocks.start).start
@@ -69,6 +99,7 @@ class ClusterSharing:
             ByteRange(start, stop),
             self.replicas_of(wanted.mount.config),
             wanted.is_for_peer,
+            is_kept,
         )
         return self._shared.part(part, priority, marks)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from orchestra.cluster.heat import Spread
 from orchestra.cluster.peer_wire import ExtentPart
 from orchestra.cluster.peers import Peers
 from orchestra.errors import StoreUnavailableError
@@ -36,6 +37,8 @@ _WARN_EVERY_NS = 10_000_000_000
 # changes: in a cold cluster that is 1 question in 16 instead of 1 for every block.
 _VAIN_MAX = 64
 _VAIN_ASKED_EVERY = 16
+# Nodes behind the owners that are asked to keep what no owner can.
+_STAND_INS = 2
 
 
 class Placement(Protocol):
@@ -65,6 +68,7 @@ class SharedPart:
     object_range: ByteRange
     replicas: int
     is_for_peer: bool
+    is_kept: bool = True  # on this node, once it is here
 
 
 @dataclass(slots=True)
@@ -74,6 +78,8 @@ class SharedStatistics:
     from_peers: int = 0
     from_peers_bytes: int = 0
     from_holders: int = 0  # held by another owner while this one read through
+    from_copies: int = 0  # of those from peers: where another holder than the first owner was asked first
+    from_stand_ins: int = 0  # of those from peers: by the next node of the ring, because no owner can keep it
     from_store: int = 0
     fallbacks: int = 0  # from the store, though others own it
 
@@ -93,6 +99,10 @@ class SharedFetcher:
         self._warned_ns = -_WARN_EVERY_NS
         # How often in a row a node did not hold what it was asked for.
         self._vain: dict[str, int] = {}
+        self.spread = Spread(sum(placement.node_id.encode()))
+        peers.heard = self._heard
+        # The nodes that keep copies of what this one owns, because it is read so often.
+        self.copies_of: Callable[[str, int], Sequence[str]] = lambda digest, index: ()
         # Called with what was read from the store and is here now, and who else is to have it.
         self.offer: Callable[[ExtentPart, Sequence[str]], None] | None = None
 
@@ -113,15 +123,55 @@ class SharedFetcher:
         own = self.placement.node_id
         return owners[: owners.index(own)] if own in owners else owners
 
+    def other_owners(self, part: SharedPart) -> Sequence[str]:
+        """Whom to ask where this node cannot keep it, be it an owner or not."""
+        owners = self.placement.owners(part.wire.digest, part.wire.extent_index, part.replicas)
+        return [owner for owner in owners if owner != self.placement.node_id]
+
     def ring_changed(self) -> None:
         """Other nodes may hold what this one owns now: ask them again."""
         self._vain.clear()
+        self.spread.clear()
+
+    async def from_peers(self, part: SharedPart, owners: Sequence[str]) -> Buffer | None:
+        """Return the bytes from the first node that gives them: where several hold the extent because it is read so
+        often, the one whose turn it is, then its owners."""
+        wire, own = part.wire, self.placement.node_id
+        name = (wire.digest, wire.extent_index)
+        now_ns = self.fetcher.stalls.now_ns()
+        places = () if own in owners else self.spread.holders(name, part.replicas, now_ns)
+        if places:
+            order = self.placement.owners(wire.digest, wire.extent_index, max(places) + 1)
+            place, node_id = next(((at, order[at]) for at in places if at < len(order) and order[at] != own), (0, ""))
+            if place:
+                data = await self.peers.read_copy(wire, node_id, owners)
+                if data is not None:
+                    self.statistics.from_copies += 1
+                    return data
+                self.spread.lacked(name, place, self.fetcher.stalls.now_ns())
+        data = await self.peers.read(wire, owners)
+        return await self._from_stand_in(part, owners) if data is None else data
+
+    async def _from_stand_in(self, part: SharedPart, owners: Sequence[str]) -> Buffer | None:
+        """Return the bytes from the next node of the ring's order, which reads them through and keeps them: where all
+        owners are full or gone, all nodes ask the same one then, and the store is asked by that one alone."""
+        if self.ufs_fallback == "fail" or not all(self.peers.is_no_keeper(owner) for owner in owners):
+            return None
+        wire, own = part.wire, self.placement.node_id
+        order = self.placement.owners(wire.digest, wire.extent_index, part.replicas + _STAND_INS)[part.replicas :]
+        others = [node_id for node_id in order if node_id != own and not self.peers.is_no_keeper(node_id)]
+        data = await self.peers.read(wire, others[:1]) if others else None
+        self.statistics.from_stand_ins += data is not None
+        return data
+
+    def _heard(self, wire: ExtentPart, places: int) -> None:
+        self.spread.told((wire.digest, wire.extent_index), places, self.fetcher.stalls.now_ns())
 
     async def from_holders(self, part: SharedPart) -> Buffer | None:
         """Return the bytes if another node holds them. Where that was in vain for long, as it is while everything is
         cold, hardly anybody is asked."""
         wire = part.wire
-        for node_id in self.placement.holders(wire.digest, wire.extent_index, part.replicas):
+        for node_id in self._holders(part):
             vain = self._vain.get(node_id, 0)
             if vain >= _VAIN_MAX and vain % _VAIN_ASKED_EVERY:
                 self._vain[node_id] = vain + 1
@@ -133,6 +183,15 @@ class SharedFetcher:
                 return data
             self._vain[node_id] = vain + 1
         return None
+
+    def _holders(self, part: SharedPart) -> Sequence[str]:
+        """Other nodes that may hold it: owners, who keeps a copy because it is read so often, and at a node that stands
+        in for an owner the others that may do so."""
+        digest, index, own = part.wire.digest, part.wire.extent_index, self.placement.node_id
+        found = [*self.placement.holders(digest, index, part.replicas), *self.copies_of(digest, index)]
+        if part.is_for_peer and not self.is_owner(digest, index, part.replicas):
+            found += self.placement.owners(digest, index, part.replicas + _STAND_INS)[part.replicas :]
+        return [node_id for node_id in dict.fromkeys(found) if node_id != own]
 
     def offer_copies(self, part: SharedPart) -> None:
         """What was read from the store is here now: its other owners are to have it as well."""
@@ -201,10 +260,11 @@ class _Bringing:
     async def __aenter__(self) -> Buffer:
         shared, part = self._shared, self._part
         owners = shared.asked_owners(part)
-        if owners:
-            data = await self._from(owners)
+        if owners or not (part.is_kept or part.is_for_peer):
+            data = await self._from(owners if part.is_kept else shared.other_owners(part))
             if data is not None:
                 return data
+        if owners:
             shared.check_fallback(part, owners)
         source = _HeldFirst(shared, part)
         self._stored = shared.fetcher.part(source, part.info, part.object_range, self._priority, self._marks)
@@ -218,7 +278,7 @@ class _Bringing:
         self._held_bytes = length
         asked_ns = shared.fetcher.stalls.now_ns()
         try:
-            data = await shared.peers.read(self._part.wire, owners)
+            data = await shared.from_peers(self._part, owners)
         except BaseException:
             self._release()
             raise

@@ -150,7 +150,8 @@ def test_no_route_between_nodes_answers_without_the_secret(tmp_path: Path) -> No
         assert config is not None
         routes = ("GET /v1/node/status", "POST /v1/node/holds", "POST /v1/node/take", "POST /v1/node/drain")
         more = ("POST /v1/node/listing", "POST /v1/node/parts/start", "GET /v1/node/jobs", "POST /v1/node/jobs/1/stop")
-        for method, route in (one.split() for one in (*routes, *more)):
+        rest = ("POST /v1/node/copy", "POST /v1/node/doubt")
+        for method, route in (one.split() for one in (*routes, *more, *rest)):
             request = urllib.request.Request(f"http://{config.listen}{route}", method=method, data=b"{}")
             with pytest.raises(urllib.error.HTTPError) as refusal:
                 urllib.request.urlopen(request, timeout=5)

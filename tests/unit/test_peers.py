@@ -59,8 +59,10 @@ class FaultyPeer:
         self._answer = answer
         self.struck = 0
         self.released = asyncio.Event()
+        self._serving: set[asyncio.Task[object] | None] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
+        self._serving.add(asyncio.current_task())  # a loop does not: what hangs would be collected, with a warning
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 is_small = head.startswith(b"POST")

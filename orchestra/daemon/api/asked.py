@@ -8,7 +8,7 @@ from aiohttp import web
 from orchestra.daemon.api import jobs
 from orchestra.daemon.api.context import NODE, answer, body_of, typed
 from orchestra.daemon.api.nodes import control_of
-from orchestra.daemon.nodes import handover, listings, loads, presence
+from orchestra.daemon.nodes import doubts, handover, hot, listings, loads, presence
 from orchestra.daemon.nodes.control import DRAIN_ROUTE
 
 
@@ -18,6 +18,8 @@ def add_routes(app: web.Application) -> None:
     app.router.add_post(presence.ROUTE, holds)
     app.router.add_post(listings.ROUTE, listing)
     app.router.add_post(handover.ROUTE, take)
+    app.router.add_post(hot.ROUTE, copy)
+    app.router.add_post(doubts.ROUTE, doubt)
     app.router.add_post(DRAIN_ROUTE, drain)
     jobs.add_own_routes(app)
     app.router.add_post(loads.ROUTE + "{action}", part_of_load)
@@ -29,9 +31,10 @@ async def status(request: web.Request) -> web.Response:
 
 
 async def holds(request: web.Request) -> web.Response:
-    """POST {objects: [[digest, size_bytes]]} -> {held: [{extent: bytes}]} of each, on this node's disk."""
-    node = request.app[NODE]
-    return answer(presence.answer_holds(node.blocks, node.geometry, await body_of(request)))
+    """POST {objects: [[digest, size_bytes]]} -> {held: [{extent: bytes}], hot: [[extent]]} of each, on this node's
+    disk; `hot` are those which it was asked to keep because they are read so often."""
+    node, kept = request.app[NODE], control_of(request).hot.kept
+    return answer(presence.answer_holds(node.blocks, node.geometry, await body_of(request), kept))
 
 
 async def part_of_load(request: web.Request) -> web.Response:
@@ -49,6 +52,16 @@ async def listing(request: web.Request) -> web.Response:
 async def take(request: web.Request) -> web.Response:
     """POST {from, extents} -> {taken: [...]}: extents of a node that is drained, which this one now has of it."""
     return answer(await control_of(request).handover.answer(await body_of(request)))
+
+
+async def copy(request: web.Request) -> web.Response:
+    """POST {from, extent} -> {held}: an extent that is read so often that this node is to keep a copy, too."""
+    return answer(await control_of(request).hot.answer(await body_of(request)))
+
+
+async def doubt(request: web.Request) -> web.Response:
+    """POST {part} -> {damaged}: blocks that came from here with other bytes than they should have are looked at."""
+    return answer(await control_of(request).doubts.answer(await body_of(request)))
 
 
 async def drain(request: web.Request) -> web.Response:

@@ -22,7 +22,7 @@ def add_routes(app: web.Application) -> None:
 
 async def list_nodes(request: web.Request) -> web.Response:
     """GET -> {is_cluster, membership, ring, source_error, nodes: [{node_id, address, state, capacity_bytes, used_bytes,
-    share, is_self, note}]}; a machine that stands alone is one node."""
+    share, is_self, note, hot_copies}]}; a machine that stands alone is one node."""
     node = request.app[NODE]
     if node.nodes is None:
         return answer(one_machine(node.config.cache.size_bytes, node.blocks.statistics().used_bytes))
@@ -37,7 +37,8 @@ async def drain(request: web.Request) -> web.Response:
 
 
 async def where(request: web.Request) -> web.Response:
-    """POST {path} -> {nodes: [{node_id, is_self, held_bytes, owns_bytes, error}]} of the file's current version."""
+    """POST {path} -> {nodes: [{node_id, is_self, held_bytes, hot_bytes, owns_bytes, error}]} of the file's current
+    version."""
     control = control_of(request)
     node = request.app[NODE]
     path = normalize_path(typed(await body_of(request), "path", str))

@@ -22,12 +22,14 @@ from orchestra.blocks.reader import FilePlace
 from orchestra.cluster.peer_blocks import BLOCKS, BODY_BYTES_MAX, parse_blocks
 from orchestra.cluster.peer_wire import (
     CHECKSUMS,
+    COPIES,
     EXTENTS,
     HEAD_BYTES_MAX,
     Cause,
     ExtentPart,
     PeerError,
     encode_checksums,
+    encode_places,
     parse_part,
     status_of,
 )
@@ -218,7 +220,10 @@ class PeerConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        transport.write(_head_of(206, place.length, {CHECKSUMS: encode_checksums(place.checksums)}))
+        headers = {CHECKSUMS: encode_checksums(place.checksums)}
+        if held.places:
+            headers[COPIES] = encode_places(held.places)
+        transport.write(_head_of(206, place.length, headers))
         sent = 0
         if not transport.get_write_buffer_size():
             sent = await self._service.send(transport.get_extra_info("socket").fileno(), held)

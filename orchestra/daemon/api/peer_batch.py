@@ -27,7 +27,7 @@ Write = Callable[[Sequence[bytes]], Awaitable[None]]
 
 async def answer_batch(service: PeerService, parts: Sequence[ExtentPart], write: Write, working_every_s: float) -> None:
     """Answer with every part. What is here goes first; what is not is fetched meanwhile."""
-    answer = _Answer(parts, write)
+    answer = _Answer(parts, write, service.places_of)
     held: list[int] = []
     bringing: dict[asyncio.Task[bytes], int] = {}
     try:
@@ -65,8 +65,9 @@ async def answer_batch(service: PeerService, parts: Sequence[ExtentPart], write:
 class _Answer:
     """Gathers frames into chunks."""
 
-    def __init__(self, parts: Sequence[ExtentPart], write: Write) -> None:
+    def __init__(self, parts: Sequence[ExtentPart], write: Write, places_of: Callable[[ExtentPart], int]) -> None:
         self._parts = parts
+        self._places_of = places_of
         self._write = write
         self._pieces: list[bytes] = []
         self._length = 0
@@ -96,8 +97,9 @@ class _Answer:
         self._length += len(_WORKING)
 
     def _add(self, index: int, status: int, checksum: int, data: bytes) -> None:
-        digest = bytes.fromhex(self._parts[index].digest)
-        head = Frame(digest, 0, len(data), checksum, status, index).pack()
+        part = self._parts[index]
+        places = self._places_of(part) if status == OK else 0
+        head = Frame(bytes.fromhex(part.digest), places, len(data), checksum, status, index).pack()
         self._pieces += (head, data)
         self._length += len(head) + len(data)
 

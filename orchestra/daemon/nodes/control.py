@@ -21,7 +21,9 @@ from orchestra.daemon.jobs.parts import PartRunner
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.mounts import MountAdmin
 from orchestra.daemon.nodes.calls import NodeCalls
+from orchestra.daemon.nodes.doubts import Doubts
 from orchestra.daemon.nodes.handover import Handover
+from orchestra.daemon.nodes.hot import HotCopies
 from orchestra.daemon.nodes.jobs import SharedJobs, suffix_of
 from orchestra.daemon.nodes.listings import PlacedListings
 from orchestra.daemon.nodes.loads import LeadLoads
@@ -100,6 +102,7 @@ class NodeControl:
             "ring_digest": self.cluster.ring.digest,
             "used_bytes": self.blocks.statistics().used_bytes,
             "handover": self.handover.status,
+            "hot_copies": self.hot.status()["copies_here"],
         }
 
     def member(self, name: str) -> NodeRecord:
@@ -117,7 +120,7 @@ class NodeControl:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self.handover.resume()
-                running = [tasks.create_task(self.jobs.run())]
+                running = [tasks.create_task(part.run()) for part in (self.jobs, self.hot, self.doubts)]
                 if self.mounts is not None:
                     running.append(tasks.create_task(self.mounts.run()))
                 try:

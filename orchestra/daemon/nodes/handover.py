@@ -271,9 +271,10 @@ class Handover:
         if not isinstance(sender, str) or not isinstance(rows, list) or len(rows) > _OFFERED_MAX:
             raise UsageError(f"extents: expected a node and a list of at most {_OFFERED_MAX}")
         offers = [offer_from_json(row, self._parts.geometry) for row in rows]
-        return {"taken": [await self._take(sender, offer) for offer in offers]}
+        return {"taken": [await self.take(sender, offer) for offer in offers]}
 
-    async def _take(self, sender: str, offer: Offer) -> bool:
+    async def take(self, sender: str, offer: Offer) -> bool:
+        """Get what this node lacks of the offer from the node that holds it; whether all of it is here now."""
         if _mount_of(self._parts.engine.mounts, offer.object_id.store_id) is None:
             return False
         geometry, blocks = self._parts.geometry, self._parts.blocks

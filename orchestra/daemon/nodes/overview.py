@@ -32,6 +32,7 @@ class NodeRow:
     share: float  # of the ring: the part of all extents that it owns first
     is_self: bool = False
     note: str = ""
+    hot_copies: int = 0  # extents that it keeps for others because they are read so often
 
 
 def one_machine(capacity_bytes: int, used_bytes: int) -> dict[str, Any]:
@@ -81,8 +82,12 @@ def _row(node: NodeRecord, answer: dict[str, Any] | OrchestraError, ring: Ring, 
     used = answer.get("used_bytes")
     used_bytes = used if isinstance(used, int) else None
     handover = answer.get("handover")
+    hot = answer.get("hot_copies")
+    hot_copies = hot if isinstance(hot, int) else 0
     if not node.is_draining:
-        return NodeRow(node.node_id, node.address, "up", node.capacity_bytes, used_bytes, share, is_self, note)
+        return NodeRow(
+            node.node_id, node.address, "up", node.capacity_bytes, used_bytes, share, is_self, note, hot_copies
+        )
     is_over = isinstance(handover, dict) and handover.get("is_over") is True
     note = str(handover.get("message", "")) if isinstance(handover, dict) else note
     state = "drained" if is_over else "draining"

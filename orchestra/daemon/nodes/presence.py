@@ -5,7 +5,7 @@ Owns: the question of what a node holds, and gathering the answers. Leaves to ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from orchestra.blocks.geometry import Geometry
@@ -40,20 +40,23 @@ def held_by_extent(blocks: BlockStore, geometry: Geometry, digest: str, size_byt
     return held
 
 
-def answer_holds(blocks: BlockStore, geometry: Geometry, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {held: [{extent: bytes}]} for {objects: [[digest, size_bytes]]}, which another node sent. Raises
-    UsageError."""
+def answer_holds(
+    blocks: BlockStore, geometry: Geometry, body: Mapping[str, Any], kept: Callable[[str], list[int]]
+) -> dict[str, Any]:
+    """Return {held: [{extent: bytes}], hot: [[extent]]} for {objects: [[digest, size_bytes]]}, which another node sent;
+    `kept` tells which extents of an object are hot copies. Raises UsageError."""
     objects = body.get("objects")
     if not isinstance(objects, list) or len(objects) > OBJECTS_MAX:
         raise UsageError(f"objects: expected a list of at most {OBJECTS_MAX}")
-    held = []
+    held, hot = [], []
     for one in objects:
         match one:
             case [str(digest), int(size_bytes)] if is_digest(digest) and size_bytes >= 0:
                 held.append(held_by_extent(blocks, geometry, digest, size_bytes))
+                hot.append(kept(digest))
             case _:
                 raise UsageError("objects: expected [digest, size_bytes]")
-    return {"held": [{str(index): count for index, count in one.items()} for one in held]}
+    return {"held": [{str(index): count for index, count in one.items()} for one in held], "hot": hot}
 
 
 def is_digest(text: str) -> bool:
@@ -64,32 +67,43 @@ def is_digest(text: str) -> bool:
 class Presence:
     """Asks all nodes what they hold."""
 
-    def __init__(self, cluster: ClusterNode, calls: NodeCalls, blocks: BlockStore, geometry: Geometry) -> None:
+    def __init__(
+        self,
+        cluster: ClusterNode,
+        calls: NodeCalls,
+        blocks: BlockStore,
+        geometry: Geometry,
+        kept: Callable[[str], list[int]],
+    ) -> None:
+        """`kept` tells which extents of an object this node was asked to keep because they are read so often."""
         self._cluster = cluster
+        self._kept = kept
         self._calls = calls
         self._blocks = blocks
         self._geometry = geometry
 
     async def where(self, wanted: Wanted, replicas: int) -> dict[str, Any]:
-        """Return {nodes: [{node_id, held_bytes, owns_bytes, error}]} of the wanted object: what each node holds, and
-        what of it should be there by the ring with so many `replicas`."""
-        digest, size_bytes = wanted.object_id.digest(), wanted.info.size_bytes
+        """Return {nodes: [{node_id, held_bytes, hot_bytes, owns_bytes, error}]} of the wanted object: what each node
+        holds, how much of that because it is read so often, and what should be there by the ring with so many
+        `replicas`."""
+        digest, size_bytes = wanted.digest, wanted.info.size_bytes
 
-        async def ask(node: NodeRecord) -> int:
+        async def ask(node: NodeRecord) -> tuple[int, int]:
+            body = {"objects": [[digest, size_bytes]]}
             if node.node_id == self._cluster.node_id:
-                return sum(held_by_extent(self._blocks, self._geometry, digest, size_bytes).values())
-            answer = await self._calls.ask(node, "POST", ROUTE, {"objects": [[digest, size_bytes]]})
-            return _total(answer)
+                return _totals(answer_holds(self._blocks, self._geometry, body, self._kept))
+            return _totals(await self._calls.ask(node, "POST", ROUTE, body))
 
         members = self._cluster.members
-        answers: Sequence[int | OrchestraError] = await self._calls.ask_all(members, ask)
+        answers: Sequence[tuple[int, int] | OrchestraError] = await self._calls.ask_all(members, ask)
         owned = self._owned(wanted, replicas)
         return {
             "nodes": [
                 {
                     "node_id": node.node_id,
                     "is_self": node.node_id == self._cluster.node_id,
-                    "held_bytes": 0 if isinstance(answer, OrchestraError) else answer,
+                    "held_bytes": 0 if isinstance(answer, OrchestraError) else answer[0],
+                    "hot_bytes": 0 if isinstance(answer, OrchestraError) else answer[1],
                     "owns_bytes": owned.get(node.node_id, 0),
                     "error": str(answer) if isinstance(answer, OrchestraError) else "",
                 }
@@ -107,8 +121,11 @@ class Presence:
         return owned
 
 
-def _total(answer: Mapping[str, Any]) -> int:
-    held = answer.get("held")
-    if not isinstance(held, list) or not all(isinstance(one, dict) for one in held):
-        raise UsageError("another node's answer cannot be understood")
-    return sum(count for one in held for count in one.values() if isinstance(count, int))
+def _totals(answer: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the bytes held of the one object that was asked for, and those of them that are hot copies."""
+    match answer:
+        case {"held": [dict(held)], "hot": [[*hot]]}:
+            counts = {str(index): count for index, count in held.items() if isinstance(count, int)}
+            return sum(counts.values()), sum(counts.get(str(index), 0) for index in hot)
+        case _:
+            raise UsageError("another node's answer cannot be understood")

@@ -1,0 +1,117 @@
+"""Extents that many nodes read again and again: more nodes keep them, within `replication.max`, and readers spread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestra.cli.main import main
+from orchestra.cluster.heat import HOT_READS
+from tests.support.clusters import Cluster, cluster_of, wait_until
+from tests.support.counting_store import CountingServer, counting_server
+from tests.support.node import DaemonNode
+
+pytestmark = pytest.mark.system
+
+BLOCK = 64 * 1024
+FILES = {"large": bytes(range(256)) * 256 * 3, "small": b"small" * 1000}
+SIZES = {name: len(data) for name, data in FILES.items()}
+GETS = {"large": 3, "small": 1}
+
+
+@contextmanager
+def reading_cluster(root: Path, count: int, replication: dict[str, object]) -> Iterator[tuple[Cluster, CountingServer]]:
+    """Started nodes with the mount /data, of which nobody keeps what it does not own unless it is asked to."""
+    cache = {"size": "64MiB", "block_size": "64KiB", "extent_size": "256KiB"}
+    with counting_server() as store:
+        store.files = dict(FILES)
+        mounts = [{"path": "/data", "uri": store.url, "prefetch": "none", "replication": replication}]
+        with cluster_of(root, count, mounts=mounts, cache=cache) as cluster:
+            cluster.start()
+            yield cluster, store
+
+
+def where(node: DaemonNode, name: str) -> dict[str, dict[str, Any]]:
+    """What each node says that it holds of a file."""
+    nodes = node.client().daemon_request("POST", "/v1/nodes/where", {"path": f"/data/{name}"})["nodes"]
+    return {one["node_id"]: one for one in nodes}
+
+
+def counts(node: DaemonNode, kind: str) -> dict[str, Any]:
+    found = node.status()["cluster"][kind]
+    assert isinstance(found, dict)
+    return found
+
+
+def read_all(cluster: Cluster, name: str, times: int) -> None:
+    """Every node reads the file so often."""
+    clients = [node.client() for node in cluster.nodes]
+    for _ in range(times):
+        for client in clients:
+            assert client.read_file(f"/data/{name}") == FILES[name]
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_what_is_read_often_is_kept_by_more_nodes_and_readers_spread_over_them(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four nodes, one owner, three holders at most: the two next nodes keep a copy by themselves, the fourth asks all
+    three in turn, `stat` and `node ls` tell of it, and the store is asked for each block once."""
+    with reading_cluster(tmp_path, 4, {"min": 1, "max": 3, "passive": False}) as (cluster, store):
+        read_all(cluster, name, 1)
+        [owner_id] = [node_id for node_id, one in where(cluster.nodes[0], name).items() if one["owns_bytes"]]
+        owner = next(node for node in cluster.nodes if _id(node) == owner_id)
+        for copies in (1, 2):
+            read_all(cluster, name, int(HOT_READS))
+            wait_until(partial(_has_copies, owner, copies))
+        read_all(cluster, name, 2 * int(HOT_READS))  # the one reader that is left hears of both, and no more are made
+        told = where(owner, name)
+        assert sorted(one["held_bytes"] for one in told.values()) == [0, *[SIZES[name]] * 3]
+        assert sorted(one["hot_bytes"] for one in told.values()) == [0, 0, *[SIZES[name]] * 2]
+        assert told[owner_id]["hot_bytes"] == 0
+        [reader_id] = [node_id for node_id, one in told.items() if not one["held_bytes"]]
+        reader = next(node for node in cluster.nodes if _id(node) == reader_id)
+        before = {node_id: one["requests"] for node_id, one in counts(reader, "peers").items()}
+        client = reader.client()
+        for _ in range(30):
+            assert client.read_file(f"/data/{name}") == FILES[name]
+        asked = {node_id: one["requests"] - before[node_id] for node_id, one in counts(reader, "peers").items()}
+        assert list(asked.values()) == [10 * GETS[name]] * 3, asked
+        assert store.bytes_sent == SIZES[name]
+        assert counts(owner, "hot")["copies_made"] == 2
+        capsys.readouterr()
+        assert main(["--config", str(owner.config_path), "stat", f"/data/{name}"]) == 0
+        assert capsys.readouterr().out.count("100 % because it is read often") == 2
+        assert main(["--config", str(owner.config_path), "node", "ls"]) == 0
+        assert capsys.readouterr().out.count("1 hot copy") == 2
+        assert main(["--config", str(owner.config_path), "node", "ls", "--json"]) == 0
+        assert sum(one["hot_copies"] for one in json.loads(capsys.readouterr().out)["nodes"]) == 2
+
+
+def _has_copies(owner: DaemonNode, count: int) -> bool:
+    return int(counts(owner, "hot")["copies_elsewhere"]) >= count
+
+
+def _id(node: DaemonNode) -> str:
+    return str(node.status()["cluster"]["node_id"])
+
+
+def test_where_max_is_min_nothing_is_copied(tmp_path: Path) -> None:
+    """However often it is read: one holder, nobody is asked to keep a copy."""
+    with reading_cluster(tmp_path, 3, {"min": 1, "max": 1, "passive": False}) as (cluster, store):
+        for name in FILES:
+            read_all(cluster, name, 4 * int(HOT_READS))
+            assert sorted(one["held_bytes"] for one in where(cluster.nodes[0], name).values()) == [0, 0, SIZES[name]]
+        assert [counts(node, "hot")["copies_made"] + counts(node, "hot")["hot_extents"] for node in cluster.nodes] == [
+            0,
+            0,
+            0,
+        ]
+        assert [counts(node, "shared")["from_copies"] for node in cluster.nodes] == [0, 0, 0]
+        assert store.bytes_sent == sum(SIZES.values())
