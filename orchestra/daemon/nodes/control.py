@@ -65,13 +65,19 @@ class NodeControl:
         self.geometry = geometry = parts.geometry
         self.calls = NodeCalls(cluster)
         self.overview = Overview(cluster, self.calls, self.status)
-        self.presence = Presence(cluster, self.calls, blocks, geometry)
         endpoints = cluster.config.endpoints
         self.parts = PartRunner(parts.jobs.tools, parts.layout.tmp, cluster.node_id, self.replicas_of)
         self.loads = LeadLoads(cluster, self.calls, self.parts, parts.jobs.tools)
         parts.jobs.lead(self.loads.run, suffix_of(cluster.node_id))
         self.jobs = SharedJobs(cluster, self.calls, parts.jobs)
         self.handover = Handover(cluster, self.calls, parts, parts.layout.root / "drained")
+        self.hot = HotCopies(cluster, self.calls, parts, self.handover, cluster.config.replicas)
+        self.presence = Presence(cluster, self.calls, blocks, geometry, self.hot.kept)
+        service, shared = cluster.service, cluster.shared
+        assert service is not None and shared is not None, "assembly joined them"
+        self.doubts = Doubts(cluster, self.calls, service, parts.clock)
+        cluster.hot, cluster.doubts = self.hot, self.doubts
+        service.hot, shared.copies_of, cluster.peers.doubted = self.hot, self.hot.holders, self.doubts.tell
         self.listings = PlacedListings(cluster, self.calls, parts.catalog, parts.mounts, parts.clock)
         parts.catalog.elsewhere = self.listings
         kept = parts.layout.root / "cluster-mounts.json"
