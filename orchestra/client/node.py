@@ -119,35 +119,34 @@ class NodeClient:
         """See Client."""
         path = normalize_path(path)
         table = self._table()
-        return self._entry_cached(table, _located(table, path), path)
+        found = self._known(table, _located(table, path), path)
+        return found[0] if found is not None else None
 
     def stat_timed(self, path: str) -> tuple[Entry, float] | None:
         """See Client."""
         path = normalize_path(path)
         table = self._table()
         location = _located(table, path)
+        found = self._known(table, location, path)
+        if found is None:
+            return None
+        entry, age_s = found
+        if entry.is_directory or location is None or age_s is None or not 0 < location.mount.freshness_s < math.inf:
+            return entry, self.freshness_s(path)
+        return entry, _left_s(location.mount.freshness_s, age_s)
+
+    def _known(
+        self, table: MountTable[PublishedMount], location: Location[PublishedMount] | None, path: str
+    ) -> tuple[Entry, float | None] | None:
+        """What fresh records say of `path`, and the age in seconds of the record (None: it has none, or cannot be
+        told)."""
         if location is None or not location.key or table.names_below(path):
-            return directory_at(path), self.freshness_s(path)
+            return directory_at(path), None
         mount = location.mount
         found = self._metadata.lookup_aged(mount.store_id, location.key, mount.freshness_s)
         if found is None:
             return None
-        known, age_s = found
-        entry = entry_at(path, _existing(known, path))
-        if entry.is_directory or age_s is None or not 0 < mount.freshness_s < math.inf:
-            return entry, self.freshness_s(path)
-        return entry, _left_s(mount.freshness_s, age_s)
-
-    def _entry_cached(
-        self, table: MountTable[PublishedMount], location: Location[PublishedMount] | None, path: str
-    ) -> Entry | None:
-        if location is None or not location.key or table.names_below(path):
-            return directory_at(path)
-        mount = location.mount
-        known = self._metadata.lookup(mount.store_id, location.key, mount.freshness_s)
-        if known is None:
-            return None
-        return entry_at(path, _existing(known, path))
+        return entry_at(path, _existing(found[0], path)), found[1]
 
     def list(self, path: str, *, refresh: bool = False) -> NodeDirectory:
         """See Client."""
@@ -211,7 +210,8 @@ class NodeClient:
         table = self._table()
         location = _located(table, path)
         if entry is None:
-            entry = self._entry_cached(table, location, path) or self.stat(path)
+            known = self._known(table, location, path)
+            entry = known[0] if known is not None else self.stat(path)
         if entry.kind is EntryKind.DIRECTORY or location is None or not location.key:
             raise IsADirectoryPathError(f"is a directory: {path}")
         digest = ObjectId(location.mount.store_id, location.key, entry.version).digest()

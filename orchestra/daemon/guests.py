@@ -18,9 +18,8 @@ import stat
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from aiohttp import web
-
 from orchestra.blocks.layout import SOCKET_PATH_LIMIT_BYTES
+from orchestra.daemon.api.app import serving
 from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.guests import make_guest_app
 from orchestra.daemon.assembly import Node
@@ -76,32 +75,24 @@ async def answering_guests(node: Node, activity: Activity) -> AsyncIterator[None
     if not readers:
         yield
         return
-    runner = web.AppRunner(
-        make_guest_app(node, activity, Admission(readers).admits),
-        access_log=None,
-        shutdown_timeout=_DRAIN_TIMEOUT_S,
-        keepalive_timeout=_KEEPALIVE_S,
-    )
-    await runner.setup()
-    web_server = runner.server
-    assert web_server is not None, "the runner was set up"
+    app = make_guest_app(node, activity, Admission(readers).admits)
+    async with serving(app, drain_timeout_s=_DRAIN_TIMEOUT_S, keepalive_s=_KEEPALIVE_S) as web_server:
 
-    def connection() -> asyncio.Protocol:
-        if len(web_server.connections) >= GUEST_CONNECTIONS_MAX:
-            return _Full()
-        return web_server()
+        def connection() -> asyncio.Protocol:
+            if len(web_server.connections) >= GUEST_CONNECTIONS_MAX:
+                return _Full()
+            return web_server()
 
-    path = node.layout.guest_socket
-    listener = _listener(path)
-    server = await asyncio.get_running_loop().create_unix_server(connection, sock=listener, backlog=_BACKLOG)
-    log.info("other users may read at %s: %s", path, ", ".join(readers))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        server.close()
-        await runner.cleanup()
+        path = node.layout.guest_socket
+        listener = _listener(path)
+        server = await asyncio.get_running_loop().create_unix_server(connection, sock=listener, backlog=_BACKLOG)
+        log.info("other users may read at %s: %s", path, ", ".join(readers))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            server.close()
 
 
 class _Full(asyncio.Protocol):

@@ -19,12 +19,10 @@ from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
-from aiohttp import web
-
 import orchestra
 from orchestra.clock import SystemClock
 from orchestra.config import Config
-from orchestra.daemon.api.app import make_app, make_hot_handler
+from orchestra.daemon.api.app import make_app, make_hot_handler, serving
 from orchestra.daemon.api.between import clustered
 from orchestra.daemon.api.context import Activity
 from orchestra.daemon.api.hot import HotConnection
@@ -132,39 +130,32 @@ def _spare_the_collector() -> None:
 async def answering(node: Node, stop: asyncio.Event, activity: Activity) -> AsyncIterator[None]:
     """Answer requests on the node's socket inside the block, then let those under way finish; POST /v1/stop sets
     `stop`. Taking the node apart is the caller's."""
-    runner = web.AppRunner(
-        make_app(node, stop, activity),
-        access_log=None,
-        shutdown_timeout=_DRAIN_TIMEOUT_S,
-        keepalive_timeout=_KEEPALIVE_S,
-    )
-    await runner.setup()
-    path = _free_socket(node.layout.socket)
-    web_server, hot, streams = runner.server, make_hot_handler(node, activity), partial(EnsureStream, node, activity)
-    assert web_server is not None, "the runner was set up"
-    loop = asyncio.get_running_loop()
-    connections: WeakSet[HotConnection] = WeakSet()
+    app = make_app(node, stop, activity)
+    async with serving(app, drain_timeout_s=_DRAIN_TIMEOUT_S, keepalive_s=_KEEPALIVE_S) as web_server:
+        path = _free_socket(node.layout.socket)
+        hot, streams = make_hot_handler(node, activity), partial(EnsureStream, node, activity)
+        loop = asyncio.get_running_loop()
+        connections: WeakSet[HotConnection] = WeakSet()
 
-    def connection() -> HotConnection:
-        made = HotConnection(web_server(), hot, streams)
-        connections.add(made)
-        return made
+        def connection() -> HotConnection:
+            made = HotConnection(web_server(), hot, streams)
+            connections.add(made)
+            return made
 
-    def close_idle() -> None:
-        for made in list(connections):
-            made.close_if_idle()
+        def close_idle() -> None:
+            for made in list(connections):
+                made.close_if_idle()
 
-    survive_exhaustion(loop, close_idle)
-    server = await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
-    path.chmod(0o600)
-    inode = path.stat().st_ino
-    try:
-        yield
-    finally:
-        _remove_socket(path, inode)  # first: whoever comes now starts a successor, and waits for our lock
-        server.close()
-        await activity.wait_drained(_DRAIN_TIMEOUT_S)
-        await runner.cleanup()
+        survive_exhaustion(loop, close_idle)
+        server = await loop.create_unix_server(connection, str(path), backlog=_BACKLOG)
+        path.chmod(0o600)
+        inode = path.stat().st_ino
+        try:
+            yield
+        finally:
+            _remove_socket(path, inode)  # first: whoever comes now starts a successor, and waits for our lock
+            server.close()
+            await activity.wait_drained(_DRAIN_TIMEOUT_S)
 
 
 async def _keep(node: Node, activity: Activity, stop: asyncio.Event, *, idle_timeout_s: float | None) -> None:

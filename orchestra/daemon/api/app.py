@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Container
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -46,11 +48,20 @@ def _internal(node: Node, error: Exception) -> OrchestraError:
     return OrchestraError(f"internal error in the daemon ({type(error).__name__}); see {node.layout.log}")
 
 
-def frame_of(node: Node, activity: Activity) -> Middleware:
-    """Return the outermost frame around a request: errors become answers, and requests are counted."""
+def frame_of(
+    activity: Activity,
+    internal: Callable[[Exception], OrchestraError],
+    *,
+    asked_by: str = "",
+    uncounted: Container[str] = (),
+) -> Middleware:
+    """Return the outermost frame around a request: errors become answers, and requests are counted, except those of
+    `uncounted` paths. `internal` makes the error that answers a defect; the log says `asked_by`."""
 
     @web.middleware
     async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in uncounted:
+            return await handler(request)
         activity.begin()
         try:
             return await handler(request)
@@ -61,17 +72,34 @@ def frame_of(node: Node, activity: Activity) -> Middleware:
         except (ConnectionResetError, asyncio.CancelledError):
             raise  # the client went away
         except Exception as error:
-            log.exception("%s %s failed", request.method, request.path)
-            return answer(to_wire(_internal(node, error)), status=500)
+            log.exception("%s %s%s failed", request.method, request.path, asked_by and f", asked by {asked_by},")
+            return answer(to_wire(internal(error)), status=500)
         finally:
             activity.end()
 
     return frame
 
 
+def frame_of_node(node: Node, activity: Activity) -> Middleware:
+    """Return the frame around what processes of this machine ask: who finds a defect is sent to the node's log."""
+    return frame_of(activity, partial(_internal, node))
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application, *, drain_timeout_s: float, keepalive_s: float) -> AsyncIterator[web.Server]:
+    """Give what makes a protocol for each connection to `app`; at the end let requests under way finish."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=drain_timeout_s, keepalive_timeout=keepalive_s)
+    await runner.setup()
+    assert runner.server is not None, "the runner was set up"
+    try:
+        yield runner.server
+    finally:
+        await runner.cleanup()
+
+
 def make_app(node: Node, stop: asyncio.Event, activity: Activity) -> web.Application:
     """Return the application of `node`; `stop` is set by POST /v1/stop."""
-    app = web.Application(middlewares=[frame_of(node, activity)], client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(middlewares=[frame_of_node(node, activity)], client_max_size=BODY_LIMIT_BYTES)
     app[NODE] = node
     control.add_routes(app, stop)
     data.add_routes(app)

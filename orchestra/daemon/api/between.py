@@ -18,11 +18,12 @@ from orchestra.cluster.records import encode_record
 from orchestra.config_cluster import split_address
 from orchestra.daemon import replicas
 from orchestra.daemon.api import asked
+from orchestra.daemon.api.app import frame_of, serving
 from orchestra.daemon.api.context import NODE, Activity, answer, body_of, typed
 from orchestra.daemon.api.peer import PeerConnection
 from orchestra.daemon.assembly import Node
 from orchestra.daemon.cluster import ClusterNode
-from orchestra.errors import ConfigError, OrchestraError, UsageError, http_status_of, to_wire
+from orchestra.errors import ConfigError, OrchestraError
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ _BACKLOG = 1024
 # Longer than any pause of a training job between two reads; a peer that is gone is noticed by its failing requests.
 _KEEPALIVE_S = 3600.0
 _DRAIN_TIMEOUT_S = 2.0
+
+_HEALTH = "/healthz"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -57,35 +60,24 @@ async def keep(request: web.Request) -> web.Response:
     return answer({})
 
 
+def _internal(error: Exception) -> OrchestraError:
+    return OrchestraError(f"internal error in another node's daemon ({type(error).__name__})")
+
+
 def make_peer_app(node: Node, activity: Activity) -> web.Application:
     """Return the application that other nodes reach."""
 
     @web.middleware
-    async def frame(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path == "/healthz":
-            return await handler(request)
-        activity.begin()
-        try:
-            checker = cluster_of(request).checker
-            if checker is not None:
-                checker.check(request.method, request.raw_path, request.headers, await request.read())
-            return await handler(request)
-        except OrchestraError as error:
-            return answer(to_wire(error), status=http_status_of(error))
-        except web.HTTPException as error:
-            return answer(to_wire(UsageError(f"{request.method} {request.path}: {error.reason}")), status=error.status)
-        except (ConnectionResetError, asyncio.CancelledError):
-            raise  # the peer went away
-        except Exception as error:
-            log.exception("%s %s, asked by another node, failed", request.method, request.path)
-            internal = OrchestraError(f"internal error in another node's daemon ({type(error).__name__})")
-            return answer(to_wire(internal), status=500)
-        finally:
-            activity.end()
+    async def doorkeeper(request: web.Request, handler: Handler) -> web.StreamResponse:
+        checker = cluster_of(request).checker
+        if request.path != _HEALTH and checker is not None:
+            checker.check(request.method, request.raw_path, request.headers, await request.read())
+        return await handler(request)
 
-    app = web.Application(middlewares=[frame], client_max_size=BODY_LIMIT_BYTES)
+    frame = frame_of(activity, _internal, asked_by="another node", uncounted=(_HEALTH,))
+    app = web.Application(middlewares=[frame, doorkeeper], client_max_size=BODY_LIMIT_BYTES)
     app[NODE] = node
-    app.router.add_get("/healthz", healthz)
+    app.router.add_get(_HEALTH, healthz)
     app.router.add_post(replicas.ROUTE, keep)
     asked.add_routes(app)
     return app
@@ -99,46 +91,51 @@ async def clustered(node: Node, activity: Activity) -> AsyncIterator[None]:
     if cluster is None:
         yield
         return
-    runner = web.AppRunner(
-        make_peer_app(node, activity),
-        access_log=None,
-        shutdown_timeout=_DRAIN_TIMEOUT_S,
-        keepalive_timeout=_KEEPALIVE_S,
-    )
-    await runner.setup()
-    web_server = runner.server
-    assert web_server is not None, "the runner was set up"
     service = cluster.service
     assert service is not None, "assembly joined them"
-    host, port = split_address(cluster.config.listen)
-    connections: WeakSet[PeerConnection] = WeakSet()
-
-    def connection() -> PeerConnection:
-        made = PeerConnection(web_server, service, cluster.checker, activity)
-        connections.add(made)
-        return made
-
+    app = make_peer_app(node, activity)
     try:
-        server = await asyncio.get_running_loop().create_server(connection, host, port, backlog=_BACKLOG)
-    except OSError as error:
-        await runner.cleanup()
-        raise ConfigError(
-            f"cluster.listen {cluster.config.listen} cannot be opened: {error.strerror or error}; it must be an address"
-            " of this machine that nobody else listens on"
-        ) from error
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            taking_part = [tasks.create_task(cluster.run())]
-            if cluster.replicas is not None:
-                taking_part.append(tasks.create_task(cluster.replicas.run()))
+        async with serving(app, drain_timeout_s=_DRAIN_TIMEOUT_S, keepalive_s=_KEEPALIVE_S) as web_server:
+            connections: WeakSet[PeerConnection] = WeakSet()
+
+            def connection() -> PeerConnection:
+                made = PeerConnection(web_server, service, cluster.checker, activity)
+                connections.add(made)
+                return made
+
+            server = await _listening(connection, cluster.config.listen)
             try:
-                yield
+                async with _taking_part(cluster):
+                    yield
             finally:
-                for task in taking_part:
-                    task.cancel()
+                server.close()
+                for made in list(connections):
+                    made.close()
     finally:
-        server.close()
-        for made in list(connections):
-            made.close()
-        await runner.cleanup()
         service.close()
+
+
+async def _listening(connection: Callable[[], PeerConnection], listen: str) -> asyncio.Server:
+    """Open `listen`; raise ConfigError if it cannot be had."""
+    host, port = split_address(listen)
+    try:
+        return await asyncio.get_running_loop().create_server(connection, host, port, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cluster.listen {listen} cannot be opened: {error.strerror or error}; it must be an address of this"
+            " machine that nobody else listens on"
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def _taking_part(cluster: ClusterNode) -> AsyncIterator[None]:
+    """Run what a member of a cluster does by itself inside the block."""
+    async with asyncio.TaskGroup() as tasks:
+        under_way = [tasks.create_task(cluster.run())]
+        if cluster.replicas is not None:
+            under_way.append(tasks.create_task(cluster.replicas.run()))
+        try:
+            yield
+        finally:
+            for task in under_way:
+                task.cancel()

@@ -22,7 +22,7 @@ from aiohttp import web
 import orchestra
 from orchestra.blocks.reader import CorruptBlockError
 from orchestra.config_mounts import uri_without_password
-from orchestra.daemon.api.app import frame_of
+from orchestra.daemon.api.app import frame_of_node
 from orchestra.daemon.api.context import NODE, Activity, answer, body_of, typed
 from orchestra.daemon.api.data import entry_json, send_pieces
 from orchestra.daemon.assembly import Node
@@ -56,7 +56,7 @@ def make_guest_app(node: Node, activity: Activity, admits: Admits) -> web.Applic
             )
         return await handler(request)
 
-    app = web.Application(middlewares=[frame_of(node, activity), doorkeeper], client_max_size=_BODY_LIMIT_BYTES)
+    app = web.Application(middlewares=[frame_of_node(node, activity), doorkeeper], client_max_size=_BODY_LIMIT_BYTES)
     app[NODE] = node
     app.router.add_get("/v1/status", status)
     app.router.add_get("/v1/mounts", list_mounts)
