@@ -213,6 +213,10 @@ class OrchestraMount(OrchestraNode):
     def start(self) -> None:
         super().start()
         self.mountpoint = self.folder / "mnt"
+        self.show()
+
+    def show(self) -> None:
+        """Mount the node's namespace on `mountpoint`."""
         self.mountpoint.mkdir()
         self.orchestra("fuse", "mount", "--mode", self.mode, str(self.mountpoint))
         mounts = json.loads(self.orchestra("fuse", "ls", "--json"))

@@ -15,13 +15,11 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import resource
 import shutil
-import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -49,6 +47,7 @@ from contestants import (
     cpu_seconds,
 )
 from fuse_works import (
+    ASKED_AT_ONCE,
     READERS,
     SMALL_SIZE,
     Action,
@@ -56,12 +55,14 @@ from fuse_works import (
     forget_small,
     large_name,
     list_all,
+    longest_pause_s,
     mapped,
     prime,
     random_reads,
     read_once,
     sequential,
     small_files,
+    small_files_asked,
     small_files_beside,
     stat_all,
 )
@@ -70,8 +71,8 @@ from synthetic import dataset_keys, expected_bytes
 
 from orchestra.units import MIB
 
-# A killed worker costs its reader some 50 ms, a daemon a second.
-_PAUSE_WATCHED_S = 5.0
+# 20,000 random reads of a warm file take 50 ms, which a single interruption changes by a tenth.
+_TURN_S = 0.5
 
 
 class FolderMount(OrchestraMount):
@@ -111,6 +112,24 @@ class PagecacheMount(FolderMount):
 class TwoWorkers(FolderMount):
     name = "orchestra mount (2 workers)"
     workers = 2
+
+
+class SmallFilesMount(FolderMount):
+    """Another folder of a mount's node, through which nobody ever looks at a large file: a data set of small ones."""
+
+    name = "orchestra mount (auto), small files only"
+
+    def __init__(self, beside: FolderMount) -> None:
+        self._beside = beside
+
+    def start(self) -> None:
+        self.config, self.environment = self._beside.config, self._beside.environment
+        self.daemon_pid = self._beside.daemon_pid
+        self.mountpoint = self._beside.folder / "mnt-small"
+        self.show()
+
+    def close(self) -> None:
+        self.orchestra("fuse", "umount", str(self.mountpoint))
 
 
 class Loopback(PeerMount):
@@ -169,7 +188,10 @@ def turns(
     *,
     before: Callable[[Path, Sizes], None] | None = None,
 ) -> tuple[dict[str, Timings], float]:
-    """Let each do the work `count` times, forwards and then backwards; return the timings and what a turn did."""
+    """Let each do the work `count` times, forwards and then backwards; return the timings and what a turn did.
+
+    Work that may be done again (nothing has to come `before` it) is, until _TURN_S have passed; one time is noted.
+    """
     timings = {contestant.name: Timings() for contestant in contestants}
     amount = 0.0
     for turn in range(count):
@@ -181,10 +203,14 @@ def turns(
             own = _own_cpu_s()
             began = time.perf_counter()
             amount = action(folder, sizes)
+            times = 1
+            while before is None and time.perf_counter() - began < _TURN_S:
+                action(folder, sizes)
+                times += 1
             row = timings[contestant.name]
-            row.seconds.append(time.perf_counter() - began)
-            row.reader_cpu_s.append(_own_cpu_s() - own)
-            row.serving_cpu_s.append(cpu_seconds(contestant.serving()) - serving)
+            row.seconds.append((time.perf_counter() - began) / times)
+            row.reader_cpu_s.append((_own_cpu_s() - own) / times)
+            row.serving_cpu_s.append((cpu_seconds(contestant.serving()) - serving) / times)
     return timings, amount
 
 
@@ -229,10 +255,14 @@ def available(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
 
 
 def ratio(timings: dict[str, Timings], one: type[Contestant], other: type[Contestant]) -> float | None:
-    """Return how much faster a contestant is than another, None if one of them is not there."""
+    """Return how much faster a contestant is than another, None if one of them is not there.
+
+    The median of the turns' own ratios: the speed of this machine's memory swings by 2x from one second to the next.
+    """
     if one.name not in timings or other.name not in timings:
         return None
-    return timings[other.name].median_s / timings[one.name].median_s
+    pairs = zip(timings[one.name].seconds, timings[other.name].seconds, strict=True)
+    return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
 def _cache_drops() -> int:
@@ -254,6 +284,10 @@ class Report:
     def of(self, *kinds: type[Contestant]) -> list[Contestant]:
         """The contestants of these kinds, and the floor."""
         return [one for one in self.who if isinstance(one, (Native, *kinds))]
+
+    def but(self, *kinds: type[Contestant]) -> list[Contestant]:
+        """The contestants that are not of these kinds."""
+        return [one for one in self.who if not isinstance(one, kinds)]
 
     def is_wanted(self, work: str) -> bool:
         """Whether --works names it."""
@@ -286,7 +320,7 @@ class Report:
             ("random 4 KiB reads", random_reads, "reads/s", 0.9),
             ("mmap", mapped, "MiB/s", 0.9),
         )
-        who = [one for one in self.who if not isinstance(one, TwoWorkers)]
+        who = self.but(TwoWorkers, SmallFilesMount)
         for title, action, unit, target in works:
             if not self.is_wanted(title):
                 continue
@@ -303,28 +337,47 @@ class Report:
             self.publish(f"large file, {title}, warm", result, who, unit, lines)
 
     def small(self) -> None:
-        """Many small files, warm and first reads."""
+        """Many small files, warm."""
         count, sizes = self.options.turns, self.sizes
-        who = [one for one in self.who if not isinstance(one, TwoWorkers)]
         if self.is_wanted("small warm"):
+            who = self.but(TwoWorkers)
             result = turns(who, small_files, sizes, count)
             lines = _verdicts(
                 ("mount (pagecache) / native", ratio(result[0], PagecacheMount, Native), 0.95),
-                ("mount (auto) / native", ratio(result[0], AutoMount, Native), 0.6),
+                ("mount (auto) of small files / native", ratio(result[0], SmallFilesMount, Native), 0.6),
+                ("mount (auto) that shows a large file, too / native", ratio(result[0], AutoMount, Native), 0.6),
             )
             self.publish(f"{sizes.small_count} files of 110 kB, warm", result, who, "files/s", lines)
-        if self.is_wanted("small first"):
-            who = self.of(AutoMount, PagecacheMount, Loopback)
-            result = turns(who, small_files, sizes, count, before=forget_small)
-            bindings = [ratio(result[0], AutoMount, kind) for kind in (Pyfuse3, Mfusepy)]
-            slowest = min((value for value in bindings if value is not None), default=None)
-            lines = _verdicts(("mount (auto, one worker) / the best Python binding", slowest, 2))
-            self.publish(f"{sizes.small_count} files of 110 kB, first read", result, who, "files/s", lines)
-        if self.is_wanted("workers"):
-            who = self.of(AutoMount, TwoWorkers)
-            result = turns(who, small_files_beside, sizes, count, before=forget_small)
-            lines = _verdicts(("two workers / one", ratio(result[0], TwoWorkers, AutoMount), 1.6))
-            self.publish(f"first read, {READERS} readers at a time, workers", result, who, "files/s", lines)
+
+    def first(self) -> None:
+        """Small files that the cache directory has, and the kernel's page cache of the mount has not."""
+        who = self.of(AutoMount, SmallFilesMount, PagecacheMount, Loopback)
+        for action, how in ((small_files, "one reader"), (small_files_beside, f"{READERS} readers")):
+            if not self.is_wanted(f"small first, {how}"):
+                continue
+            result = turns(who, action, self.sizes, self.options.turns, before=forget_small)
+            lines = []
+            for kind, what in ((SmallFilesMount, " of small files"), (AutoMount, " that shows a large file, too")):
+                bindings = [ratio(result[0], kind, binding) for binding in (Pyfuse3, Mfusepy)]
+                slowest = min((value for value in bindings if value is not None), default=None)
+                lines += _verdicts((f"mount (auto, one worker){what} / the best Python binding", slowest, 2))
+            title = f"{self.sizes.small_count} files of 110 kB, first read, {how}"
+            self.publish(title, result, who, "files/s", lines)
+
+    def workers(self) -> None:
+        """First reads by one worker and by two, asked for by a reader that does as little as it can."""
+        if not self.is_wanted("workers"):
+            return
+        who = self.of(SmallFilesMount, TwoWorkers)
+        two = [one for one in who if isinstance(one, TwoWorkers)]
+        before = [cpu_seconds([pid]) for one in two for pid in one.workers_now()]
+        result = turns(who, small_files_asked, self.sizes, self.options.turns, before=forget_small)
+        after = [cpu_seconds([pid]) for one in two for pid in one.workers_now()]
+        lines = _verdicts(("two workers / one", ratio(result[0], TwoWorkers, SmallFilesMount), 1.6))
+        if two and SmallFilesMount.name in result[0]:
+            shares = [end - begin for begin, end in zip(before, after, strict=True)]
+            lines += _scaling(result[0], self.sizes.small_count, [share / sum(shares) for share in shares])
+        self.publish(f"first read, {ASKED_AT_ONCE} asked for at a time, workers", result, who, "files/s", lines)
 
     def names(self) -> None:
         """Names and attributes."""
@@ -368,34 +421,23 @@ class Report:
         publish("FUSE: kill -9 under a reader", lines, self.options, self.state)
 
 
-def longest_pause_s(folder: Path, sizes: Sizes, victims: Callable[[], list[int]]) -> float:
-    """Read for some seconds, have `victims` killed after the first, and return how long the longest read took."""
-    chance = random.Random(3)
-    names = [f"{folder}/{name}" for name in dataset_keys("small", sizes.small_count)]
-    killed = threading.Event()
-
-    def kill() -> None:
-        for pid in victims():
-            os.kill(pid, signal.SIGKILL)
-        killed.set()
-
-    timer = threading.Timer(1.0, kill)
-    timer.start()
-    longest_s, end = 0.0, time.perf_counter() + _PAUSE_WATCHED_S
-    while not killed.is_set() or time.perf_counter() < end:
-        name = chance.choice(names)
-        began = time.perf_counter()
-        fd = os.open(name, os.O_RDONLY)
-        assert len(os.read(fd, SMALL_SIZE + 1)) == SMALL_SIZE
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-        longest_s = max(longest_s, time.perf_counter() - began)
-    timer.join()
-    return longest_s
-
-
 def _verdicts(*figures: tuple[str, float | None, float]) -> list[str]:
     return [verdict(name, reached, target) for name, reached, target in figures if reached is not None]
+
+
+def _scaling(timings: dict[str, Timings], count: int, shares: list[float]) -> list[str]:
+    """What two workers would do with a core each and one for the reader, by CPU seconds, and what these cores allow."""
+    one, two = timings[SmallFilesMount.name], timings[TwoWorkers.name]
+    reader, single, double = (
+        statistics.median(cpu_s) * 1e6 / count for cpu_s in (two.reader_cpu_s, one.serving_cpu_s, two.serving_cpu_s)
+    )
+    cores = os.cpu_count() or 1
+    allowed = max(single, reader, (single + reader) / cores) / max(double / 2, reader, (double + reader) / cores)
+    return [
+        verdict("files per CPU second of two workers / of one, times two", 2 * single / max(double, 1e-9), 1.6),
+        f"- CPU us a file: reader {reader:.0f}, one worker {single:.0f}, two {double:.0f} (shares "
+        f"{' and '.join(f'{share:.2f}' for share in shares)}); {cores} cores for all three allow {allowed:.2f}",
+    ]
 
 
 def main() -> None:
@@ -411,20 +453,25 @@ def main() -> None:
         make_native(native.root, sizes)
         origin = stack.enter_context(running_origin("--folder", str(native.root)))
         everyone: list[Contestant] = [native]
-        everyone += [kind(folder, origin.url) for kind in (AutoMount, PagecacheMount, TwoWorkers)]
+        auto = AutoMount(folder, origin.url)
+        everyone += [auto, SmallFilesMount(auto)]
+        everyone += [kind(folder, origin.url) for kind in (PagecacheMount, TwoWorkers)]
         everyone += [kind(folder, origin.url, native.root) for kind in (Pyfuse3, Mfusepy, Bindfs)]
         everyone += [RcloneMount(folder, origin.url), S3fsFuse(folder, origin.url)]
         who = available(everyone, options.only)
         for one in who:
             one.start()
             stack.callback(one.close)
-            if not isinstance(one, Native):  # read everything once, and see that it is right
+            if not isinstance(one, (Native, SmallFilesMount, TwoWorkers)):  # see that it is right; these met none
                 command = ["cmp", str(root_of(one) / large_name()), str(native.root / large_name())]
                 subprocess.run(command, check=True)
+            if not isinstance(one, Native):
                 read_once(root_of(one), sizes)
         report = Report(who, sizes, options, state)
         report.large()
         report.small()
+        report.first()
+        report.workers()
         report.names()
         report.pauses()
 

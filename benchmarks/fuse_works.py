@@ -1,6 +1,7 @@
 """What benchmarks/fuse.py has done: each work takes a folder and returns how much it did.
 
-Owns: the works and their sizes. Leaves to others: who does them, turns, tables (fuse.py).
+Owns: the works, their sizes, and what a reader sees of processes that are killed. Leaves to others: who does them, turns,
+tables (fuse.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +23,11 @@ from orchestra.units import MIB
 
 SMALL_SIZE = 110_000
 RANDOM_READS = 20_000
-# Threads that read at a time when one worker is compared with two.
+# Files asked for at a time when one worker is compared with two.
+ASKED_AT_ONCE = 64
+# A killed worker costs its reader some 50 ms, a daemon a second.
+_PAUSE_WATCHED_S = 5.0
+# Threads that read at a time, as the processes of a loader do.
 READERS = 4
 # Threads that read everything once before anything is timed: rclone and s3fs-fuse take minutes one file at a time.
 _PRIMERS = 16
@@ -95,8 +103,24 @@ def small_files(root: Path, sizes: Sizes) -> float:
     return sizes.small_count
 
 
+def small_files_asked(root: Path, sizes: Sizes) -> float:
+    """Each brought into the page cache, ASKED_AT_ONCE at a time, and one byte of it read; files.
+
+    The least that a reader can cost (it copies nothing), so that who serves is the limit for as long as may be.
+    """
+    names = [f"{root}/{name}" for name in dataset_keys("small", sizes.small_count)]
+    for first in range(0, len(names), ASKED_AT_ONCE):
+        descriptors = [os.open(name, os.O_RDONLY) for name in names[first : first + ASKED_AT_ONCE]]
+        for fd in descriptors:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        for fd in descriptors:
+            assert len(os.pread(fd, 2, SMALL_SIZE - 1)) == 1
+            os.close(fd)
+    return sizes.small_count
+
+
 def small_files_beside(root: Path, sizes: Sizes, readers: int = READERS) -> float:
-    """The same, `readers` at a time, with a buffer each; files."""
+    """Each opened, read, closed, `readers` at a time, with a buffer each; files."""
     names = [f"{root}/{name}" for name in dataset_keys("small", sizes.small_count)]
 
     def read(part: Sequence[str]) -> int:
@@ -147,3 +171,29 @@ def list_all(root: Path, sizes: Sizes) -> float:
         count = sum(1 for _ in names)
     assert count == sizes.listed_count, f"{count} names in {root}/listed"
     return count
+
+
+def longest_pause_s(folder: Path, sizes: Sizes, victims: Callable[[], list[int]]) -> float:
+    """Read for some seconds, have `victims` killed after the first, and return how long the longest read took."""
+    chance = random.Random(3)
+    names = [f"{folder}/{name}" for name in dataset_keys("small", sizes.small_count)]
+    killed = threading.Event()
+
+    def kill() -> None:
+        for pid in victims():
+            os.kill(pid, signal.SIGKILL)
+        killed.set()
+
+    timer = threading.Timer(1.0, kill)
+    timer.start()
+    longest_s, end = 0.0, time.perf_counter() + _PAUSE_WATCHED_S
+    while not killed.is_set() or time.perf_counter() < end:
+        name = chance.choice(names)
+        began = time.perf_counter()
+        fd = os.open(name, os.O_RDONLY)
+        assert len(os.read(fd, SMALL_SIZE + 1)) == SMALL_SIZE
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        longest_s = max(longest_s, time.perf_counter() - began)
+    timer.join()
+    return longest_s
