@@ -1,7 +1,7 @@
 """What benchmarks/fuse.py has done: each work takes a folder and returns how much it did.
 
-Owns: the works, their sizes, and what a reader sees of processes that are killed. Leaves to others: who does them, turns,
-tables (fuse.py).
+Owns: the works, their sizes, and what a reader sees of processes that are killed. Leaves to others: who does them,
+turns, tables (fuse.py).
 """
 
 from __future__ import annotations
