@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["tests.support.s3_stage"]
+pytest_plugins = ["tests.support.s3_stage", "tests.support.store_stage"]
 
 
 @pytest.hookimpl(tryfirst=True)

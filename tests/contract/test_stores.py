@@ -13,77 +13,32 @@ import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from orchestra.clock import SystemClock
-from orchestra.config import FetchConfig
-from orchestra.errors import NotFoundError
 from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.stores.fsspec_store import FsspecStore
 from orchestra.stores.registry import open_store, wrapped
 from orchestra.testing.fault_store import FaultStore
 from orchestra.testing.s3_server import S3Server
-from orchestra.testing.under_store import ODD_KEYS, Delete, Put, PutNumbered, UnderStoreSuite
+from orchestra.testing.under_store import ODD_KEYS, Delete, Put, UnderStoreSuite
+from tests.support.bucket_suite import FETCH, BucketSuite
 from tests.support.web_servers import aiohttp_server, nginx_server, plain_server
 
-FETCH = FetchConfig(requests_max=32, attempt_timeout_s=20.0, deadline_s=40.0)
 # moto's own HTTP routes do not match a newline; that S3 can hold one is shown by the listing (test_stores_s3.py).
 S3_ODD_KEYS = (*ODD_KEYS, "double//slash", "../climbing", "./dot", "dots/../inside", "/leading", "tab\there")
 
 
-class S3Suite(UnderStoreSuite):
+class TestS3(BucketSuite):
+    scheme = "s3"
     odd_keys = S3_ODD_KEYS
-    many_count = 2500
     page_keys_max = 1000
     has_folder_markers = True
-    extra_options: dict[str, str] = {}  # noqa: RUF012 - replaced whole by a subclass, never changed
 
-    @pytest.fixture
-    def root(self) -> str:
-        return f"under test/{uuid.uuid4().hex}"
-
-    @pytest.fixture
-    async def store(self, server: S3Server, root: str) -> AsyncIterator[UnderStore]:
-        options = {**server.options, **self.extra_options}
-        store = open_store(StoreSettings(f"s3://bucket/{root}", options), FETCH)
-        yield store
-        await store.close()
-
-    @pytest.fixture
-    def put(self, server: S3Server, root: str) -> Put:
-        async def put_one(key: str, data: bytes) -> None:
-            server.put("bucket", f"{root}/{key}", data)
-
-        return put_one
-
-    @pytest.fixture
-    def delete(self, server: S3Server, root: str) -> Delete:
-        async def delete_one(key: str) -> None:
-            server.delete("bucket", f"{root}/{key}")
-
-        return delete_one
-
-    @pytest.fixture
-    def put_numbered(self, server: S3Server, root: str) -> PutNumbered:
-        async def put_all(prefix: str, count: int) -> None:
-            server.put_numbered("bucket", f"{root}/{prefix}", count)
-
-        return put_all
-
-    async def test_missing_bucket_is_said(self, server: S3Server) -> None:
-        """`probe` of a bucket that is not there names it and where it was looked for."""
-        options = {**server.options, **self.extra_options}
-        store = open_store(StoreSettings("s3://no-such-bucket/x", options), FETCH)
-        with pytest.raises(NotFoundError, match="no-such-bucket") as raised:
-            await store.probe()
-        assert "no such bucket" in str(raised.value)
-        assert server.endpoint in str(raised.value)
-        await store.close()
+    def options(self, server: S3Server) -> dict[str, str]:
+        return server.options
 
 
-class TestS3(S3Suite):
-    pass
-
-
-class TestS3ByS3fs(S3Suite):
-    extra_options = {"client": "fsspec"}  # noqa: RUF012 - replaced whole by a subclass, never changed
+class TestS3ByS3fs(TestS3):
+    def options(self, server: S3Server) -> dict[str, str]:
+        return {**server.options, "client": "fsspec"}
 
 
 class TestLocal(UnderStoreSuite):

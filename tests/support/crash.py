@@ -2,7 +2,8 @@
 at what is left.
 
 A step is a call to the disk, or a line of the modules that change the cache directory. Nothing is flushed, closed or
-undone: what the kernel had is what remains, as after `kill -9` of a daemon.
+undone: what the kernel had is what remains, as after `kill -9` of a daemon. So a step before which nothing changed on
+the disk leaves what the step before it leaves, and need not be died at a second time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
@@ -43,17 +45,49 @@ class Fuse:
             signal.pause()  # the signal is on its way
 
 
-def count_steps(run: Callable[[Fuse], object]) -> int:
-    """Run once in a child without dying; return how many steps there are."""
+class Witness(Fuse):
+    """Never kills; notes the steps before which something in one of the `folders` (not below them) is otherwise than
+    before the step before: names, inodes, sizes, times, attributes, bytes."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        super().__init__(None)
+        self._folders = folders
+        self._seen: object = None
+        self.changes: list[int] = []
+
+    def step(self) -> None:
+        """See Fuse."""
+        before = self.steps
+        super().step()
+        if self.steps > before and (found := [_what_is_in(folder) for folder in self._folders]) != self._seen:
+            self._seen = found
+            self.changes.append(self.steps)
+
+
+def _what_is_in(folder: Path) -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
+    for entry in os.scandir(folder):
+        info = entry.stat(follow_symlinks=False)
+        attributes = [
+            (name, os.getxattr(entry.path, name, follow_symlinks=False))
+            for name in os.listxattr(entry.path, follow_symlinks=False)
+        ]
+        data = Path(entry.path).read_bytes() if entry.is_file(follow_symlinks=False) else b""
+        found.append((entry.name, info.st_ino, info.st_mode, info.st_size, info.st_mtime_ns, attributes, data))
+    return found
+
+
+def witnessed(run: Callable[[Fuse], object], folders: Sequence[Path]) -> tuple[int, list[int]]:
+    """Run once in a child without dying; return how many steps there are, and before which something changed."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
-        _in_child(lambda: _tell(writing, run))
+        _in_child(lambda: _tell(writing, run, Witness(folders)))
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        told = pipe.read()
+        told = [int(word) for word in pipe.read().split()]
     assert os.waitpid(pid, 0)[1] == 0, "the scenario fails even without a crash"
-    return int(told)
+    return told[0], told[1:]
 
 
 def die_at(step: int, run: Callable[[Fuse], object]) -> None:
@@ -67,9 +101,19 @@ def die_at(step: int, run: Callable[[Fuse], object]) -> None:
 
 def crash_points(run: Callable[[Fuse], object], *, stride: int = 1) -> Iterator[int]:
     """Run the scenario once for each `stride`-th step, dying there; yields after each death."""
-    count = count_steps(run)
+    count, _ = witnessed(run, ())
     assert count > 0, "nothing was done, so nothing would be proved"
     for step in range(1, count + 1, stride):
+        die_at(step, run)
+        yield step
+
+
+def changing_points(run: Callable[[Fuse], object], folders: Sequence[Path]) -> Iterator[int]:
+    """Run the scenario once for each step before which something changed in `folders`, dying there; yields after each
+    death."""
+    count, changes = witnessed(run, folders)
+    assert count > 10, "hardly anything was done, so nothing would be proved"
+    for step in changes:
         die_at(step, run)
         yield step
 
@@ -104,11 +148,11 @@ def trace_lines(fuse: Fuse, *, times_max: int | None = None) -> None:
     sys.settrace(on_call)
 
 
-def _tell(writing: int, run: Callable[[Fuse], object]) -> None:
-    fuse = Fuse(None)
+def _tell(writing: int, run: Callable[[Fuse], object], fuse: Witness) -> None:
     run(fuse)
     sys.settrace(None)
-    os.write(writing, str(fuse.steps).encode())
+    with os.fdopen(writing, "w") as pipe:
+        print(fuse.steps, *fuse.changes, file=pipe)
 
 
 def _in_child(run: Callable[[], object]) -> None:

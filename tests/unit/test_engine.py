@@ -39,11 +39,6 @@ def tmp_path() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def store() -> VersionedStore:
-    return VersionedStore()
-
-
 def at_once(count: int, call: Callable[[int], object]) -> list[object]:
     """Run `call` in so many threads that begin together; return the results."""
     barrier = threading.Barrier(count)

@@ -15,11 +15,6 @@ from tests.support.versioned_store import VersionedStore
 
 
 @pytest.fixture
-def store() -> VersionedStore:
-    return VersionedStore()
-
-
-@pytest.fixture
 def node(store: VersionedStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadNode]:
     """A node whose store has ordinary keys and four that are hidden, two of them below a folder."""
     for key in ("plain/file", "folder/file", "folder//double", "folder/..", "both", "both/below", "../above"):

@@ -25,11 +25,6 @@ def tmp_path() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture
-def store() -> VersionedStore:
-    return VersionedStore()
-
-
 def test_what_does_not_fit_is_said_before_anything_is_fetched(tmp_path: Path, store: VersionedStore) -> None:
     """The job fails with one line of numbers, and the store was only listed."""
     put_tree(store, 40)
