@@ -191,3 +191,45 @@ def test_a_batch_looks_at_each_directory_once(client: NodeClient, monkeypatch: p
     monkeypatch.setattr(client._metadata, "listing", counted)
     client.read_many(["/data/a", "/data/deep/c", "/data/b", "/data/deep/c"] * 10)
     assert looked == ["", "deep/"]
+
+
+def test_a_long_use_does_not_age_what_is_read_next(client: NodeClient, clock: ManualClock) -> None:
+    """What is done with a file may take longer than the mount's freshness: the next name is then asked for again."""
+    sent = client.messages_sent
+    assert client.read_many(["/data/a", "/data/b"], use=len) == [1000, 1000]
+    assert client.messages_sent == sent
+    contents: list[bytes] = []
+
+    def use(data: bytes) -> None:
+        contents.append(data)
+        clock.advance(61)
+
+    client.read_many(["/data/a", "/data/b"], use=use)
+    assert contents == [FILES["a"], FILES["b"]]
+    assert client.messages_sent > sent
+
+
+def test_what_is_here_is_used_before_the_next_is_read(client: NodeClient) -> None:
+    """So that its bytes are used while the processor's cache holds them: the second file is damaged by the use of the
+    first, and comes anew."""
+    second = cache_file(client, "/data/b")
+    sent = client.messages_sent
+
+    def use(data: bytes) -> bytes:
+        if data == FILES["a"]:
+            second.write_bytes(b"damaged")
+        return data
+
+    assert client.read_many(["/data/a", "/data/b"], use=use) == [FILES["a"], FILES["b"]]
+    assert client.messages_sent > sent
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [0, 2], [0, 1, 2]])
+def test_contents_are_used_in_order_whatever_is_cached(client: NodeClient, lost: list[int]) -> None:
+    """A transform that draws random numbers draws the same ones, cold or warm."""
+    names = ["a", "b", "deep/c"]
+    for number in lost:
+        cache_file(client, f"/data/{names[number]}").unlink()
+    used: list[bytes] = []
+    client.read_many([f"/data/{name}" for name in names], use=used.append)
+    assert used == [FILES[name] for name in names]
