@@ -366,23 +366,25 @@ class Accounts:
 
     def grow(self, name: str, size_bytes: int) -> None:
         """Charge `size_bytes` more to `name`, which may be new; it counts as used."""
+        digest = digest_of(name)
         held = self._held.get(name)
         if held is None:
-            held = self._held[name] = _Held(origin=self._expected.get(digest_of(name)))
+            held = self._held[name] = _Held(origin=self._expected.get(digest))
             self.copies.enter(name)
             self._enter(name)
-        elif held.origin is None and digest_of(name) in self._expected:  # now it is known whose it is
+        elif held.origin is None and digest in self._expected:  # now it is known whose it is
             self._leave(name)
-            held.origin = self._expected[digest_of(name)]
+            held.origin = self._expected[digest]
             self._enter(name)
         elif not held.is_pinned:
             for space in self._spaces(held):
                 space.policy.add(name)
         held.size_bytes += size_bytes
+        is_asked_for = not held.is_pinned and digest in self._asked_for
         for space in self._spaces(held):
             space.used_bytes += size_bytes
             space.pinned_bytes += size_bytes if held.is_pinned else 0
-            if not held.is_pinned and digest_of(name) in self._asked_for:
+            if is_asked_for:
                 # As if it had been read, after the read that it came for: policies let go of newcomers that were not.
                 space.policy.touch(name)
                 space.policy.touch(name)

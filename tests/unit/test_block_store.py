@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestra.blocks.accounts import CacheFullError
+from orchestra.blocks.disk import LocalDisk
 from orchestra.blocks.reader import CorruptBlockError
 from orchestra.blocks.rules import Origin
 from orchestra.values import ByteRange
@@ -196,6 +197,14 @@ def test_on_a_disk_that_others_filled_nothing_is_kept_and_nothing_lost(tmp_path:
         cache.put("b", data_of("b", BLOCK))
     assert cache.get("a", BLOCK) == data_of("a", BLOCK)
     cache.check()
+
+
+def test_a_block_of_several_writes_is_whole(tmp_path: Path) -> None:
+    """What goes to the disk in pieces lies where it belongs, to the last byte."""
+    data = data_of("a", 700_001)
+    with (tmp_path / "file").open("w+b") as file:
+        LocalDisk().write_at(file.fileno(), data, 5)
+        assert file.read() == bytes(5) + data
 
 
 def test_what_is_larger_than_the_cache_is_refused(tmp_path: Path) -> None:
