@@ -147,6 +147,7 @@ class Job:
     blocks_damaged: int = 0
     bytes_done: int = 0
     is_planned: bool = False
+    term: int = 0  # how often another node has taken it over
     failures: list[tuple[str, str]] = field(default_factory=list)
     _samples: deque[tuple[int, int]] = field(default_factory=deque)
 
@@ -186,6 +187,7 @@ class Job:
             "message": self.message,
             "reason": self.reason,
             "created_s": self.created_s,
+            "term": self.term,
             "files_total": self.files_total,
             "files_done": self.files_done,
             "files_failed": self.files_failed,
@@ -215,5 +217,6 @@ def job_from_json(body: Mapping[str, Any]) -> Job:
         blocks_damaged=int(body["blocks_damaged"]),
         bytes_done=int(body["bytes_done"]),
         is_planned=bool(body["is_planned"]),
+        term=int(body.get("term", 0)),
         failures=[(str(one["path"]), str(one["message"])) for one in body["failures"]],
     )

@@ -76,9 +76,13 @@ class Journal:
         over = [job for job in jobs if job.state.is_over]
         removed = over[: max(0, len(over) - _FINISHED_JOBS_MAX)]
         for job in removed:
-            for suffix in ("json", "failed", "paths"):
-                self._path(job.job_id, suffix).unlink(missing_ok=True)
+            self.forget(job)
         return removed
+
+    def forget(self, job: Job) -> None:
+        """Remove what is kept of a job."""
+        for suffix in ("json", "failed", "paths"):
+            self._path(job.job_id, suffix).unlink(missing_ok=True)
 
     # -- failures --------------------------------------------------------------------------------------------------
 

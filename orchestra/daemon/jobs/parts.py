@@ -39,6 +39,7 @@ _RELEASE_TIMEOUT_S = 3600.0
 @dataclass(slots=True)
 class _Part:
     job: Job
+    term: int = 0  # of the leader's: a leader of an earlier one has lost the job to another node
     task: asyncio.Task[None] | None = None
     fit: Fit | None = None
     released: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,7 +73,7 @@ class PartRunner:
             await self._start(job_id, body)
             return {}
         part = self._parts.get(job_id)
-        if part is None:
+        if part is None or part.term != _term_of(body):
             raise NotFoundError(f"node {self._node_id} knows of no part of job {job_id}")
         match action:
             case "status":
@@ -99,12 +100,15 @@ class PartRunner:
             raise UsageError("spec: expected a load")
         spec = spec_from_json({**spec_body, "retry_of": ""})
         ring = _ring_of(body.get("ring"))
-        before = self._parts.pop(job_id, None)
+        before, term = self._parts.get(job_id), _term_of(body)
+        if before is not None and before.term > term:
+            raise UsageError(f"job {job_id} is led by another node now")
         if before is not None:
+            del self._parts[job_id]
             await self._stop(before)
         if spec.is_listed:
             self._keep_list(job_id, body.get("paths"))
-        part = _Part(Job(job_id, spec, self._tools.clock.wall_s()))
+        part = _Part(Job(job_id, spec, self._tools.clock.wall_s()), term)
         replicas_of = self._replicas_of if not spec.replicas else lambda _: spec.replicas
         share = Share(ring, self._node_id, self._tools.geometry, replicas_of)
 
@@ -163,6 +167,13 @@ async def _sample(run: LoadRun) -> None:
     while True:
         run.sample()
         await asyncio.sleep(0.25)
+
+
+def _term_of(body: Mapping[str, Any]) -> int:
+    term = body.get("term", 0)
+    if not isinstance(term, int) or term < 0:
+        raise UsageError("term: expected a number")
+    return term
 
 
 def _is_job_id(text: str) -> bool:

@@ -139,6 +139,25 @@ class JobRunner:
             self._changed(job)
         return job
 
+    def adopt(self, job: Job) -> None:
+        """Go on with a job that another node led."""
+        log.info("job %s of %s goes on here", job.job_id, job.spec.path)
+        job.state = JobState.CREATED
+        self._jobs[job.job_id] = job
+        self._tools.journal.save(job)
+        self._start(job)
+
+    async def give_up(self, job_id: str) -> None:
+        """Forget a job that another node leads now, without stopping it there."""
+        log.info("job %s goes on at another node", job_id)
+        task = self._tasks.get(job_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            self._tools.journal.forget(job)
+
     async def close(self) -> None:
         """End all tasks; on disk the jobs stay as they are, and the next daemon goes on with them."""
         tasks = list(self._tasks.values())

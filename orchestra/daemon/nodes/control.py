@@ -70,6 +70,7 @@ class NodeControl:
         self.loads = LeadLoads(cluster, self.calls, self.parts, parts.jobs.tools)
         parts.jobs.lead(self.loads.run, suffix_of(cluster.node_id))
         self.jobs = SharedJobs(cluster, self.calls, parts.jobs)
+        self.loads.may_lead = self.jobs.may_lead
         self.handover = Handover(cluster, self.calls, parts, parts.layout.root / "drained")
         self.hot = HotCopies(cluster, self.calls, parts, self.handover, cluster.config.replicas)
         self.presence = Presence(cluster, self.calls, blocks, geometry, self.hot.kept)

@@ -1,17 +1,21 @@
 """The jobs of all nodes, seen from any of them; where there is an etcd, also those whose node does not answer.
 
-Owns: finding the node that leads a job, passing questions on, what of a job is written to etcd. Leaves to others: jobs
-(jobs.runner), following etcd (etcd_table).
+Owns: finding the node that leads a job, passing questions on, what of a job is written to etcd, taking over a job whose
+node stays away. Leaves to others: jobs (jobs.runner), following etcd (etcd_table).
 
-A job is changed by the node that leads it alone: nobody else writes its row below /orchestra/v1/jobs/.
+A job is changed by the node that leads it alone, whose name is in its row below /orchestra/v1/jobs/. When that node has
+left the cluster, the first node that the ring gives for the job writes its own name there, on the condition that the
+row is as it was known: one node succeeds. The job is in another term then, and no node takes orders of an earlier
+term's leader (jobs.parts); that one forgets the job when it sees the row.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +25,7 @@ from orchestra.cluster.etcd_gateway import EtcdUnreachableError
 from orchestra.cluster.etcd_table import EtcdTable
 from orchestra.cluster.records import NodeRecord
 from orchestra.daemon.cluster import ClusterNode
-from orchestra.daemon.jobs.job import JobState
+from orchestra.daemon.jobs.job import Job, JobState, job_from_json
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.nodes.calls import ASK_TIMEOUT_S, NodeCalls
 from orchestra.errors import DaemonUnavailableError, NotFoundError, OrchestraError
@@ -34,6 +38,11 @@ _WRITE_EVERY_S = 1.0
 _FAILURES_WRITTEN_MAX = 20
 # Two of a hundred nodes share six letters once in 3,000 clusters, and then both are asked.
 SUFFIX_LETTERS = 6
+# How long a node has to be out of the cluster (its lease has ended before) until its loads go on elsewhere: a daemon
+# that is started again in time goes on itself.
+_AWAY_NS = 5_000_000_000
+# A daemon that starts waits so long for etcd to say who leads its jobs.
+_LISTED_TIMEOUT_S = 5.0
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +59,9 @@ class SharedJobs:
         self._calls = calls
         self._jobs = jobs
         endpoints: Sequence[str] = cluster.config.endpoints
-        self._table = EtcdTable(endpoints, PREFIX, lambda rows: None) if endpoints else None
+        self._is_listed = asyncio.Event()
+        self._table = EtcdTable(endpoints, PREFIX, lambda rows: self._is_listed.set()) if endpoints else None
+        self._away_since_ns: dict[str, int] = {}
         self._written: dict[str, bytes] = {}
 
     async def run(self) -> None:
@@ -117,7 +128,11 @@ class SharedJobs:
         return await self._ask(job_id, "POST", "/stop", 10.0)
 
     async def _ask(self, job_id: str, method: str, rest: str, wait_s: float) -> dict[str, Any]:
-        leaders = [node for node in self._others() if job_id.endswith(suffix_of(node.node_id))]
+        written = next((job.get("leader") for job in self._in_etcd() if job["id"] == job_id), None)
+        leaders = [
+            node for node in self._others() if node.node_id == written or job_id.endswith(suffix_of(node.node_id))
+        ]
+        leaders.sort(key=lambda node: node.node_id != written)
         missing: OrchestraError = NotFoundError(f"there is no job {job_id!r} (see: orchestra job ls)")
         if not leaders and any(job["id"] == job_id for job in self._in_etcd()):
             missing = DaemonUnavailableError(f"the node that leads job {job_id} is not in the cluster now")
@@ -150,6 +165,7 @@ class SharedJobs:
         while True:
             try:
                 await self._write_changed(table)
+                await self._take_over(table)
             except EtcdUnreachableError as error:
                 log.debug("jobs are written to etcd when it is back: %s", error)
             await asyncio.sleep(_WRITE_EVERY_S)
@@ -157,12 +173,64 @@ class SharedJobs:
     async def _write_changed(self, table: EtcdTable) -> None:
         own = {job.job_id: job for job in self._jobs.all()}
         for job_id, job in own.items():
-            shown = {**job.to_json(), "leader": self._cluster.node_id}
-            shown["failures"] = shown["failures"][:_FAILURES_WRITTEN_MAX]
-            value = json.dumps(shown).encode()
+            if self._is_lost(job_id):
+                await self._jobs.give_up(job_id)
+                self._written.pop(job_id, None)
+                continue
+            value = self._row_of(job)
             if self._written.get(job_id) != value and await table.put(job_id.encode(), value):
                 self._written[job_id] = value
         for shown in self._in_etcd():
             if shown.get("leader") == self._cluster.node_id and shown["id"] not in own:
                 await table.delete(shown["id"].encode())
                 self._written.pop(shown["id"], None)
+
+    def _row_of(self, job: Job) -> bytes:
+        shown = {**job.to_json(), "leader": self._cluster.node_id}
+        shown["failures"] = shown["failures"][:_FAILURES_WRITTEN_MAX]
+        return json.dumps(shown).encode()
+
+    # -- taking over -------------------------------------------------------------------------------------------------
+
+    async def may_lead(self, job: Job) -> bool:
+        """Whether no other node took that job over while this one was away. An etcd that is away itself cannot say: the
+        job goes on then, as it does while etcd is lost."""
+        if self._table is None:
+            return True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LISTED_TIMEOUT_S):
+                await self._is_listed.wait()
+        return not self._is_lost(job.job_id)
+
+    def _is_lost(self, job_id: str) -> bool:
+        leaders = [job.get("leader") for job in self._in_etcd() if job["id"] == job_id]
+        return bool(leaders) and leaders[0] != self._cluster.node_id
+
+    async def _take_over(self, table: EtcdTable) -> None:
+        """Go on with loads whose nodes have left the cluster for a while, where the ring gives them to this node."""
+        now_ns = self._jobs.tools.clock.now_ns()
+        orphans = {job["id"]: job for job in self._in_etcd() if self._is_orphan(job)}
+        self._away_since_ns = {job_id: self._away_since_ns.get(job_id, now_ns) for job_id in orphans}
+        for job_id, shown in orphans.items():
+            ring = self._cluster.ring
+            if now_ns - self._away_since_ns[job_id] < _AWAY_NS or not ring.nodes:
+                continue
+            if ring.owners(f"j{job_id}".encode(), 1)[0].node_id != self._cluster.node_id:
+                continue
+            try:
+                job = job_from_json({**shown, "failures": []})
+            except (KeyError, TypeError, ValueError, OrchestraError) as error:
+                log.warning("job %s is not taken over: %s", job_id, error)
+                continue
+            job.term += 1
+            value = self._row_of(job)
+            if await table.put(job_id.encode(), value):
+                self._written[job_id] = value
+                self._jobs.adopt(job)
+
+    def _is_orphan(self, job: Mapping[str, Any]) -> bool:
+        """Whether that job is one to be taken over: not over, its node gone, and all that it needs is in etcd."""
+        if JobState(job["state"]).is_over or job.get("is_listed") or job.get("retry_of"):
+            return False
+        members = {member.node_id for member in self._cluster.members}
+        return self._cluster.node_id in members and job.get("leader") not in members

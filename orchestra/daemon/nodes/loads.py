@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,10 @@ class _PartState:
         return int(self.told.get(name, 0))
 
 
+async def _always(job: Job) -> bool:
+    return True
+
+
 class LeadLoads:
     """Makes the runs of the loads that this node leads."""
 
@@ -70,6 +74,8 @@ class LeadLoads:
         self.calls = calls
         self.parts = parts
         self.tools = tools
+        # Whether this node leads that job still: another one takes it over where this one was away (nodes.jobs).
+        self.may_lead: Callable[[Job], Awaitable[bool]] = _always
 
     def run(self, job: Job, changed: Callable[[Job], None]) -> ClusterLoad:
         """Return what carries out `job`."""
@@ -95,6 +101,8 @@ class ClusterLoad:
     async def run(self) -> None:
         """Do it all; the job is over afterwards. Cancelling stops the parts and leaves the job as it is."""
         job, tools = self._job, self._lead.tools
+        if not await self._lead.may_lead(job):
+            return  # who leads the jobs here forgets it
         job.begin_again()
         URGENCY.set(Priority.LOAD)
         with tools.journal.failures(job.job_id) as failure_file:
@@ -221,7 +229,7 @@ class ClusterLoad:
     async def _look_at(self, part: _PartState) -> None:
         now_ns = self._lead.tools.clock.now_ns()
         try:
-            part.told = await self._lead.ask(part.node, "status", {"job": self._job.job_id})
+            part.told = await self._lead.ask(part.node, "status", self._of_job())
             JobState(part.told["state"])
             part.heard_ns = now_ns
         except DaemonUnavailableError as error:
@@ -232,6 +240,9 @@ class ClusterLoad:
         except OrchestraError as error:  # it was started anew, and knows nothing of its part
             part.error = error
 
+    def _of_job(self) -> dict[str, Any]:
+        return {"job": self._job.job_id, "term": self._job.term}
+
     def _is_member(self, node: NodeRecord) -> bool:
         return any(member.node_id == node.node_id for member in self._lead.cluster.members)
 
@@ -240,7 +251,7 @@ class ClusterLoad:
 
         async def one(part: _PartState) -> None:
             try:
-                await self._lead.ask(part.node, action, {**(body or {}), "job": self._job.job_id})
+                await self._lead.ask(part.node, action, {**(body or {}), **self._of_job()})
             except OrchestraError as error:
                 part.error = error
 
@@ -269,7 +280,7 @@ class ClusterLoad:
         for part in self._parts:
             offset = 0
             while part.count("files_failed") and len(self._failed) < FAILURES_KEPT_MAX:
-                answer = await self._lead.ask(part.node, "failures", {"job": self._job.job_id, "offset": offset})
+                answer = await self._lead.ask(part.node, "failures", {**self._of_job(), "offset": offset})
                 found = answer.get("failures", [])
                 for failure in found:
                     self._failed.setdefault(str(failure["path"]), str(failure["message"]))
