@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,26 @@ def test_an_etcd_that_is_away_costs_nothing_but_changes(tmp_path: Path) -> None:
         wait_until(lambda: not any(counts["source_error"] for counts in made.counts()))
         at_once(made.nodes[2].stop)
         made.wait_for_ring(2, of=[0, 1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own needs root")
+def test_what_a_full_owner_cannot_keep_the_next_node_keeps(tmp_path: Path) -> None:
+    """One owner an extent, and the disk of one of three nodes is full from the start: all read everything twice, and
+    the store is asked for little more than each byte once, though a third of the data has no room where it belongs."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not _mount_disk(disk):
+        pytest.skip("no disk of its own can be mounted here")
+    try:
+        with fault_cluster(tmp_path, 3, replicas=1, cache_dirs={2: disk / "cache"}) as made:
+            made.start()
+            with (disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            epochs = [run_epoch(made.nodes, seed=seed) for seed in (1, 2)]
+            assert [epoch.failures for epoch in epochs] == [[], []]
+            assert made.nodes[2].status()["blocks"]["refused_count"] > 0, "its disk was full"
+            assert sum(counts["shared"]["from_stand_ins"] for counts in made.counts()) > 0
+            assert made.store_stats()["body_bytes"] < DATASET_BYTES * 1.25
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +51,18 @@ def counts(node: DaemonNode, kind: str) -> dict[str, Any]:
     return found
 
 
+def metrics(node: DaemonNode) -> str:
+    """The numbers of the node as Prometheus asks for them."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    try:
+        connection.sock.connect(node.status()["socket"])
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
 def read_all(cluster: Cluster, name: str, times: int) -> None:
     """Every node reads the file so often."""
     clients = [node.client() for node in cluster.nodes]
@@ -85,6 +99,7 @@ def test_what_is_read_often_is_kept_by_more_nodes_and_readers_spread_over_them(
         assert list(asked.values()) == [10 * GETS[name]] * 3, asked
         assert store.bytes_sent == SIZES[name]
         assert counts(owner, "hot")["copies_made"] == 2
+        assert "orchestra_cluster_hot_copies_made 2\n" in metrics(owner)
         capsys.readouterr()
         assert main(["--config", str(owner.config_path), "stat", f"/data/{name}"]) == 0
         assert capsys.readouterr().out.count("100 % because it is read often") == 2

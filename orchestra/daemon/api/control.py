@@ -58,6 +58,9 @@ async def metrics(request: web.Request) -> web.Response:
     for group in ("reads", "blocks", "fetch", "metadata", "engine"):
         for name, value in body[group].items():
             lines.append(f"orchestra_{group}_{name} {value}")
+    for group in ("shared", "replicas", "hot", "doubts"):
+        for name, value in (body["cluster"] or {}).get(group, {}).items():
+            lines.append(f"orchestra_cluster_{group}_{name} {value}")
     for store in body["stores"]:
         for name, value in store["counts"].items():
             lines.append(f'orchestra_store_{name}{{mount="{_escaped(store["mount"])}"}} {value}')
