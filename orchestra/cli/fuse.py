@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from orchestra.cli.fuse_unit import unit_text, words_of_mount_options
-from orchestra.cli.fuse_uri import attach_uri
+from orchestra.cli.fuse_uri import attach_uri, without_account
 from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
 from orchestra.client.process import foreign_owner
@@ -93,6 +93,7 @@ def fuse_group() -> None:
 )
 @click.option("--freshness", metavar="AGE", help='With a URI: "60s", "immutable", "strict".')
 @click.option("--systemd", is_flag=True, help="Mount nothing; print a systemd unit that does.")
+@click.option("--source", hidden=True, help="What the mount is called in `df`.")
 @click.option("--ready-fd", type=int, hidden=True)
 @click.option("--worker-fd", type=int, hidden=True)
 @pass_session
@@ -111,6 +112,8 @@ def mount_command(
     if given["systemd"]:
         _print_unit(session, root, folder, _words(given) + _store_words(store_options, freshness))
         return
+    if given["source"] is None:
+        given["source"] = without_account(root) if len(what) == 2 else "orchestra"
     if is_uri:
         root = attach_uri(session, root, store_options, freshness)
     options = _options(session, root, given)
@@ -144,6 +147,7 @@ def _options(session: Session, root: str, given: Mapping[str, Any]) -> MountOpti
     timeouts = [given[name] for name in ("attr_timeout", "entry_timeout") if given[name] is not None]
     return MountOptions(
         root=root,
+        source=given["source"],
         mode=Mode(given["mode"]),
         uid=os.getuid() if given["uid"] is None else given["uid"],
         gid=os.getgid() if given["gid"] is None else given["gid"],
@@ -169,7 +173,7 @@ def _program(session: Session) -> list[str]:
 def _command(session: Session, target: str, options: MountOptions, given: Mapping[str, Any], *how: str) -> list[str]:
     """Return the command line that serves such a mount; `how` says as what."""
     words = _words({**given, "uid": options.uid, "gid": options.gid})
-    return [*_program(session), "fuse", "mount", *how, *words, "--", options.root, target]
+    return [*_program(session), "fuse", "mount", *how, *words, "--source", options.source, "--", options.root, target]
 
 
 def _words(given: Mapping[str, Any]) -> list[str]:
@@ -257,16 +261,19 @@ def _log_to_stderr() -> None:
 @click.option("-s", "_sloppy", is_flag=True)
 @click.option("-n", "_no_mtab", is_flag=True)
 @click.option("-v", "_verbose", is_flag=True)
+@click.option("-f", "fake", is_flag=True)
 @click.pass_context
-def helper_command(ctx: click.Context, /, source: str, folder: str, options: str, **_ignored: bool) -> None:
+def helper_command(ctx: click.Context, /, source: str, folder: str, options: str, fake: bool, **_ignored: bool) -> None:
     """Mount as mount(8) asks: what /sbin/mount.orchestra runs, see docs/fuse.md."""
     session = ctx.find_object(Session)
     assert session is not None, "the outermost frame makes one"
     config, words = words_of_mount_options(options)
     if config is not None:
         session.config_path = config
-    source = "/" if source in ("orchestra", "none") else source
-    ctx.invoke(mount_command, **mount_command.make_context("mount", [*words, "--", source, folder], parent=ctx).params)
+    if fake:
+        return
+    words += ["--source", without_account(source), "--", "/" if source in ("orchestra", "none") else source, folder]
+    ctx.invoke(mount_command, **mount_command.make_context("mount", words, parent=ctx).params)
 
 
 @fuse_group.command("upgrade")

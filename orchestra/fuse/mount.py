@@ -23,7 +23,7 @@ from orchestra.fuse.options import READ_BYTES_MAX, MountOptions
 log = logging.getLogger(__name__)
 
 DEVICE = "/dev/fuse"
-SOURCE = "orchestra"
+_SUBTYPE = "orchestra"
 FSTYPE = "fuse.orchestra"
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
@@ -145,7 +145,7 @@ def attach(target: str, options: MountOptions) -> int:
     except OSError as error:
         raise MountError(f"{DEVICE} cannot be opened: {error.strerror}") from error
     try:
-        _mount(target, mount_data(device_fd, options))
+        _mount(target, mount_data(device_fd, options), options.source)
     except BaseException:
         os.close(device_fd)
         raise
@@ -163,9 +163,9 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)  # a CDLL call lets other threads run, which may have to answer the kernel
 
 
-def _mount(target: str, data: str) -> None:
+def _mount(target: str, data: str, source: str) -> None:
     flags = _MS_RDONLY | _MS_NOSUID | _MS_NODEV
-    arguments = (SOURCE.encode(), os.fsencode(target), FSTYPE.encode(), ctypes.c_ulong(flags), data.encode())
+    arguments = (os.fsencode(source), os.fsencode(target), FSTYPE.encode(), ctypes.c_ulong(flags), data.encode())
     if _libc().mount(*arguments) == 0:
         return
     code = ctypes.get_errno()
@@ -179,7 +179,8 @@ def _mount(target: str, data: str) -> None:
 
 
 def _attach_by_fusermount(target: str, options: MountOptions) -> int:
-    words = ["ro", "nosuid", "nodev", "default_permissions", f"fsname={SOURCE}", f"subtype={SOURCE}"]
+    source = options.source.replace("\\", "\\\\").replace(",", "\\,")
+    words = ["ro", "nosuid", "nodev", "default_permissions", f"fsname={source}", f"subtype={_SUBTYPE}"]
     words.append(f"max_read={READ_BYTES_MAX}")
     if options.allow_other:
         words.append("allow_other")

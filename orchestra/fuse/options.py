@@ -71,6 +71,7 @@ class MountOptions:
     """Everything about a mount but its client and its folder."""
 
     root: str = "/"  # the namespace path shown as the mount's root
+    source: str = "orchestra"  # what `df` and mountinfo call it: as it was asked for, so that `mount -a` knows it again
     mode: Mode = Mode.AUTO
     uid: int = 0
     gid: int = 0

@@ -230,6 +230,9 @@ def test_a_store_is_mounted_by_its_address_alone(site: Site) -> None:
         known = site.known()
         assert known is not None
         assert known["path"] == f"/file{site.root}/other"
+        mounted = mount_at(str(site.target))
+        assert mounted is not None
+        assert mounted.source == f"file://{site.root}/other"
         assert site.run("fuse", "umount", site.target).returncode == 0
     mounts = json.loads(site.run("mount", "ls", "--json").stdout)
     assert [mount["path"] for mount in mounts if mount["path"] != "/data"] == [f"/file{site.root}/other"]
@@ -309,5 +312,9 @@ def test_mount_8_is_understood(site: Site) -> None:
     known = site.known()
     assert known is not None
     assert (known["path"], known["mode"]) == ("/data", "pagecache")
+    mounted = mount_at(str(site.target))
+    assert mounted is not None
+    assert mounted.source == "/data"  # by which `mount -a` sees that the line is done
+    assert site.run("fuse", "helper", "/data", "/nowhere", "-f", "-o", "ro").returncode == 0
     refused = site.run("fuse", "helper", "/data", site.target, "-o", "sped=high")
     assert (refused.returncode, "unknown mount option 'sped'" in refused.stderr) == (1, True)
