@@ -4,7 +4,8 @@ Owns: the names of copies, held or expected. Leaves to others: who owns what (th
 thread-safe: the accounts' owner calls it under its lock.
 
 Without this rule the copies of what is read first would fill a node, and what it owns for all would not be let in: each
-node would then read it from the store in every epoch. A restarted daemon takes what it finds for its own.
+node would then read it from the store in every epoch. Nothing of it is on disk: a daemon that starts is told (`mark`)
+when it knows who owns what.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ class Copies:
             self._expected[name] = None
             if len(self._expected) > _EXPECTED_MAX:
                 self._expected.popitem(last=False)
+
+    def mark(self, name: str) -> None:
+        """`name`, which is held, is a copy."""
+        self._expected.pop(name, None)
+        self._held.setdefault(name, None)
 
     def enter(self, name: str) -> None:
         """`name` is held now."""

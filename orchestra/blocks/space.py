@@ -57,6 +57,19 @@ class BlockSpace:
             for name in names:
                 self._accounts.copies.expect(name, is_copy=is_copy)
 
+    def mark_copies(self, marks: Mapping[str, bool]) -> int:
+        """Of these extents, as far as they are held, say which are copies of what another node owns; return how many
+        are."""
+        count = 0
+        with self._lock:
+            for name, is_copy in marks.items():
+                if not is_copy:
+                    self._accounts.copies.expect(name, is_copy=False)
+                elif self._accounts.size_of(name):
+                    self._accounts.copies.mark(name)
+                    count += 1
+        return count
+
     def free(self, is_wanted: Callable[[Origin | None], bool], *, pinned: bool = False) -> Freed:
         """Drop the extents whose origin `is_wanted`, but for those being written this moment, and pinned ones unless
         `pinned`. Readers that have them open keep valid bytes."""

@@ -91,6 +91,7 @@ class ClusterNode:
         self.replicas: KeepsCopies | None = None
         self.hot: Counts | None = None
         self.doubts: Counts | None = None
+        self.marks: Counts | None = None
         self.member = ClusterMember(record, make_driver(cluster, record, clock), clock, self._tell)
 
     @property
@@ -144,6 +145,7 @@ class ClusterNode:
             "source_error": self.member.membership.source_error,
             "replicas": {} if self.replicas is None else self.replicas.status(),
             "hot": {} if self.hot is None else self.hot.status(),
+            "marks": {} if self.marks is None else self.marks.status(),
             "doubts": {} if self.doubts is None else self.doubts.status(),
             "shared": {} if self.shared is None else asdict(self.shared.statistics),
             "peers": {node_id: asdict(counts) for node_id, counts in self.peers.counts().items()},

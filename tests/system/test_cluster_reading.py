@@ -197,3 +197,29 @@ def test_a_data_set_larger_than_any_node_fits_the_cluster(tmp_path: Path) -> Non
                 for index in range(2):
                     read_all(cluster, index, store, 10 * epoch + index)
             assert store.bytes_sent == sum(map(len, files.values()))
+
+
+def test_a_restarted_node_knows_its_copies(tmp_path: Path) -> None:
+    """Two nodes with room for 85 % of the files each have both read 80 % of them, and are started again: each finds the
+    other's files among its own, and lets them go for what it owns of the rest. The store is asked for each byte
+    once."""
+    draw = random.Random(9)
+    files = {f"{number:03}": draw.randbytes(BLOCK // 2 + draw.randrange(BLOCK // 2)) for number in range(80)}
+    room = f"{int(sum(map(len, files.values())) * 0.85) // 1024}KiB"
+    cache = {"size": room, "block_size": "64KiB", "extent_size": "256KiB", "eviction": "never"}
+    with counting_server() as store:
+        store.files |= {name: files[name] for name in sorted(files)[:64]}
+        mounts = [{"path": "/data", "uri": store.url, "prefetch": "none", "freshness": "strict"}]
+        with cluster_of(tmp_path, 2, mounts=mounts, cache=cache) as cluster:
+            cluster.start()
+            for index in range(2):
+                read_all(cluster, index, store, index)
+            for node in cluster.nodes:
+                node.stop()
+            cluster.start()
+            wait_until(lambda: all(counts["marks"]["copies_found"] for counts in cluster.counts()))
+            store.files |= files
+            for epoch in range(2):
+                for index in range(2):
+                    read_all(cluster, index, store, 10 * epoch + index)
+            assert store.bytes_sent == sum(map(len, files.values()))

@@ -53,6 +53,18 @@ def test_copies_that_are_busy_or_pinned_stay() -> None:
         books.choose_victims(30, {B}, C)
 
 
+def test_what_a_daemon_finds_and_is_told_to_be_a_copy_leaves_first() -> None:
+    """After a restart nothing is marked: what is marked then leaves as copies do, and stays again when it is owned."""
+    books = books_with({}, {A: 40, B: 40, C: 20})
+    with pytest.raises(NotAdmittedError):
+        books.choose_victims(30, (), D)
+    books.copies.mark(B)
+    assert list(books.choose_victims(30, (), D)) == [B]
+    books.copies.expect(B, is_copy=False)
+    with pytest.raises(NotAdmittedError):
+        books.choose_victims(30, (), D)
+
+
 def test_what_this_node_comes_to_own_is_no_copy_any_more() -> None:
     """The ring changed: the extent is this node's now, and does not leave for others."""
     books = books_with({A: 60}, {B: 40})

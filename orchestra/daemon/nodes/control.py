@@ -27,6 +27,7 @@ from orchestra.daemon.nodes.hot import HotCopies
 from orchestra.daemon.nodes.jobs import SharedJobs, suffix_of
 from orchestra.daemon.nodes.listings import PlacedListings
 from orchestra.daemon.nodes.loads import LeadLoads
+from orchestra.daemon.nodes.marks import CopyMarks
 from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
@@ -77,7 +78,8 @@ class NodeControl:
         service, shared = cluster.service, cluster.shared
         assert service is not None and shared is not None, "assembly joined them"
         self.doubts = Doubts(cluster, self.calls, service, parts.clock)
-        cluster.hot, cluster.doubts = self.hot, self.doubts
+        self.marks = CopyMarks(cluster, blocks, parts.engine, parts.clock, self.replicas_of)
+        cluster.hot, cluster.doubts, cluster.marks = self.hot, self.doubts, self.marks
         service.hot, shared.copies_of, cluster.peers.doubted = self.hot, self.hot.holders, self.doubts.tell
         self.listings = PlacedListings(cluster, self.calls, parts.catalog, parts.mounts, parts.clock)
         parts.catalog.elsewhere = self.listings
@@ -127,7 +129,7 @@ class NodeControl:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self.handover.resume()
-                running = [tasks.create_task(part.run()) for part in (self.jobs, self.hot, self.doubts)]
+                running = [tasks.create_task(part.run()) for part in (self.jobs, self.hot, self.doubts, self.marks)]
                 if self.mounts is not None:
                     running.append(tasks.create_task(self.mounts.run()))
                 try:
