@@ -204,7 +204,7 @@ def _store_words(options: tuple[str, ...], freshness: str | None) -> list[str]:
 def _print_unit(session: Session, root: str, folder: str, words: list[str]) -> None:
     target = mount.resolve_folder(folder)
     command = [*_program(session), "fuse", "mount", "--foreground", *words, "--", root, target]
-    click.echo(unit_text(command, target, root), nl=False)
+    click.echo(unit_text(command, target, root, os.environ), nl=False)
 
 
 def _print_note(note: str) -> None:

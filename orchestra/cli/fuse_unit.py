@@ -5,7 +5,7 @@ Owns: their texts. Leaves to others: the options' meaning (fuse.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from orchestra.errors import UsageError
 
@@ -20,22 +20,29 @@ _VALUES = frozenset(
 )
 
 
-def unit_text(command: Sequence[str], folder: str, what: str) -> str:
-    """Return a unit that mounts at boot, and again when the mount was lost. `command` serves in the foreground."""
+def unit_text(command: Sequence[str], folder: str, what: str, environment: Mapping[str, str]) -> str:
+    """Return a unit that mounts at boot, and again when the mount was lost. `command` serves in the foreground, with
+    the settings of orchestra that `environment` holds."""
     words = " ".join(_quoted(word) for word in command)
+    settings = "".join(
+        f"Environment={_quoted(f'{name}={value}', dollar='$')}\n"
+        for name, value in sorted(environment.items())
+        if name.startswith("ORCHESTRA_") and name != "ORCHESTRA_CONFIG"  # the command names the file
+    )
     umount = " ".join(_quoted(word) for word in [*command[: command.index("fuse")], "fuse", "umount", "--lazy", folder])
     return f"""[Unit]
-Description=orchestra: {what} on {folder}
+Description=orchestra: {_plain(what)} on {_plain(folder)}
 Wants=network-online.target
 After=network-online.target
 
 [Service]
-ExecStart={words}
+{settings}ExecStart={words}
 ExecStop=-{umount}
 Restart=always
 RestartSec=1
-# A worker that is killed is replaced by the supervisor, which is the unit's main process.
-KillMode=mixed
+# The supervisor ends its workers, or replaces them. What outlives it is meant to: a worker that serves what is still
+# open, and the daemon, which may be other mounts' too.
+KillMode=process
 OOMPolicy=continue
 LimitNOFILE=65536
 
@@ -44,10 +51,14 @@ WantedBy=multi-user.target
 """
 
 
-def _quoted(word: str) -> str:
+def _plain(text: str) -> str:
+    return text.replace("%", "%%").replace("\n", " ")
+
+
+def _quoted(word: str, dollar: str = "$$") -> str:
     if word and all(character.isalnum() or character in "-_./:=,+@" for character in word):
         return word
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", dollar)
     return f'"{escaped}"'
 
 

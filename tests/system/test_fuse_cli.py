@@ -275,6 +275,7 @@ def test_a_unit_for_systemd_is_printed_and_nothing_is_mounted(site: Site) -> Non
     command = next(line for line in done.stdout.splitlines() if line.startswith("ExecStart="))
     assert "fuse mount --foreground --mode auto --workers 2 --allow-other" in command
     assert command.endswith(f'"s3://bucket/a b" "{site.target}"')
+    assert "KillMode=process" in done.stdout  # workers serve what is open to its end, and the daemon is not ours alone
     assert mount_at(str(site.target)) is None
 
 
