@@ -59,6 +59,11 @@ def join(directory: str, name: str) -> str:
     return f"/{name}" if directory == "/" else f"{directory}/{name}"
 
 
+def is_at_or_below(path: str, folder: str) -> bool:
+    """Whether `path` is `folder` or lies below it, both normalized."""
+    return path == folder or folder == "/" or path.startswith(f"{folder}/")
+
+
 def is_shown_name(name: bytes) -> bool:
     """Whether a name from a store can stand in a folder: not empty, ".", "..", and without "/" or NUL, <= 255 bytes.
 

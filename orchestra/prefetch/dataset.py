@@ -1,7 +1,10 @@
 """`prefetch = "dataset"`: the first miss under a mount starts loading the rest of it in the background.
 
-Owns: when that begins, where (in the folder that is being read, then the whole mount), when it stops and when it begins
-again. Leaves to others: the files (tree), the requests (loading), giving way to readers (steering, priorities).
+Owns: when that begins, where, when it stops and when it begins again. Leaves to others: the files (tree), the requests
+(loading), giving way to readers (steering, priorities).
+
+It loads the folder that is being read, then the folder around it, and so on up to the whole mount: a bucket often holds
+more data sets than the one that is trained on. When readers begin to miss elsewhere, it goes on from there.
 
 It takes only space that is free: it never makes anything leave the cache, and stops when what is left is hardly more
 than what readers may bring at the same time. So it cannot thrash: a block comes at most once by it until somebody else
@@ -23,7 +26,7 @@ from orchestra.engine.engine import Access, Engine
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
-from orchestra.namespace.paths import join, parent_and_name
+from orchestra.namespace.paths import is_at_or_below, join, parent_and_name
 from orchestra.prefetch.loading import Loader
 from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import Steering
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 _MARGIN_RATIO = 1 / 16
 # After a run that ended early (a full cache, a store that fails) a miss begins another one no sooner than this.
 _PAUSE_NS = 30_000_000_000
+# Misses in a row in one folder that make it turn there: of files read in random order, so many are hardly ever.
+_TURN_MISSES = 8
 # Failures in a row after which a run ends: the store is down, and readers will hear of it.
 _FAILURES_IN_A_ROW_MAX = 50
 
@@ -65,13 +70,52 @@ class DatasetStatus:
 class _Run:
     """One mount's run."""
 
-    def __init__(self, mount: OpenedMount, status: DatasetStatus) -> None:
+    def __init__(self, mount: OpenedMount, status: DatasetStatus, squeeze: Squeeze) -> None:
         self.mount = mount
         self.status = status
+        self.squeeze = squeeze
         self.task: asyncio.Task[None] | None = None
         self.loader: Loader | None = None
+        self.before = (0, 0, 0)  # files done and failed, and bytes done, by walks that came to their end
+        self.done: set[str] = set()  # folders, none of them below another
+        self.missed = ""  # the folder around the last misses
+        self.misses = 0  # how many those are
+        self.turned_to: str | None = None  # where readers miss instead of where it loads
         self.ended_ns = 0
         self.failures_in_a_row = 0
+
+    def begin_walk(self) -> None:
+        """What comes now is counted; what was counted before a turn will be walked over, and counted, again."""
+        status = self.status
+        if self.turned_to is None:
+            self.before = (status.files_done, status.files_failed, self.bytes_done)
+        status.files_done, status.files_failed, _ = self.before
+        self.turned_to = self.loader = None
+
+    def note_miss(self, folder: str) -> None:
+        """A reader missed a file in `folder`."""
+        self.missed = self.missed if self.misses else folder
+        self.misses += 1
+        while not is_at_or_below(folder, self.missed):
+            self.missed = parent_and_name(self.missed)[0]
+
+    def elsewhere(self, start: str) -> str | None:
+        """Return the folder to turn to from `start`: where all of the last misses were, unless that was done."""
+        if self.misses < _TURN_MISSES:
+            return None
+        self.misses = 0
+        if is_at_or_below(start, self.missed) or any(is_at_or_below(self.missed, one) for one in self.done):
+            return None
+        return self.missed
+
+    def has_done(self, start: str) -> None:
+        """All below `start` was looked at."""
+        self.done = {one for one in self.done if not is_at_or_below(one, start)} | {start}
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes that are here, of all that was looked at."""
+        return self.before[2] + (self.loader.bytes_done if self.loader is not None else 0)
 
     def on_done(self, file: TreeFile) -> None:
         """See LoadObserver."""
@@ -116,7 +160,7 @@ class DatasetPrefetch:
         """How far each mount is that was begun."""
         for run in self._runs.values():
             if run.loader is not None:
-                run.status.bytes_done, run.status.in_flight_limit = run.loader.bytes_done, run.loader.limit
+                run.status.bytes_done, run.status.in_flight_limit = run.bytes_done, run.loader.limit
         return [run.status for run in self._runs.values()]
 
     async def close(self) -> None:
@@ -131,11 +175,14 @@ class DatasetPrefetch:
         if mount.config.prefetch != "dataset":
             return
         run = self._runs.get(mount.path)
-        if run is not None and (run.task is not None or not self._may_begin_again(run, mount)):
+        folder = parent_and_name(join(mount.path, access.wanted.info.key))[0]
+        if run is not None and run.task is not None:
+            run.note_miss(folder)
+            return
+        if run is not None and not self._may_begin_again(run, mount):
             return
         status = DatasetStatus(mount.path, runs=run.status.runs + 1 if run is not None else 1)
-        run = self._runs[mount.path] = _Run(mount, status)
-        folder = parent_and_name(join(mount.path, access.wanted.info.key))[0]
+        run = self._runs[mount.path] = _Run(mount, status, Squeeze(self._limits.requests_max))
         run.task = asyncio.create_task(self._load(run, folder), name=f"dataset {mount.path}")
 
     def _may_begin_again(self, run: _Run, mount: OpenedMount) -> bool:
@@ -146,16 +193,22 @@ class DatasetPrefetch:
         return is_rested and self._room_bytes() > 2 * self._limits.margin_bytes
 
     async def _load(self, run: _Run, folder: str) -> None:
-        """Load the folder that is being read, then the whole mount; what is here already costs a look each."""
-        status, path = run.status, run.mount.path
+        """Load `folder`, then the folder around it, up to the whole mount; what is here already costs a look each."""
+        status, start = run.status, folder
         try:
-            for start in (folder, path) if folder != path else (path,):
-                status.files_done = status.files_failed = 0
+            while status.state == "loading":
                 is_whole = await self._load_below(run, start)
-                if status.state != "loading" or not is_whole:
+                if status.state != "loading":
                     break
-            if status.state == "loading":
-                status.state = "complete" if is_whole else "full"
+                if not is_whole:
+                    status.state = "full"
+                elif run.turned_to is not None:
+                    start = run.turned_to
+                elif start == run.mount.path:
+                    status.state = "complete"
+                else:
+                    run.has_done(start)
+                    start = parent_and_name(start)[0]
         except OrchestraError as error:
             status.state, status.message = "failed", str(error)
         except asyncio.CancelledError:
@@ -163,9 +216,10 @@ class DatasetPrefetch:
             raise
         finally:
             run.task, run.ended_ns = None, self._clock.now_ns()
-            log.info("dataset prefetch of %s: %s, %d files", path, status.state, status.files_done)
+            log.info("dataset prefetch of %s: %s, %d files", status.mount, status.state, status.files_done)
 
     async def _load_below(self, run: _Run, start: str) -> bool:
+        run.begin_walk()
         loader = run.loader = Loader(
             self._engine,
             self._geometry,
@@ -175,7 +229,7 @@ class DatasetPrefetch:
             clock=self._clock,
             has_room=lambda size_bytes: self._has_room(loader, size_bytes),
         )
-        async with self._steering.steer(loader, Squeeze(self._limits.requests_max)):
+        async with self._steering.steer(loader, run.squeeze):
             return await loader.run(self._pages(run, start))
 
     def _has_room(self, loader: Loader, size_bytes: int) -> bool:
@@ -183,14 +237,18 @@ class DatasetPrefetch:
         return self._room_bytes() - loader.bytes_in_flight - size_bytes >= self._limits.margin_bytes
 
     async def _pages(self, run: _Run, start: str) -> AsyncGenerator[Page, None]:
-        """The files below `start`, until the mount is changed or its store fails and fails."""
-        async with aclosing(walk(self._engine, start)) as pages:
+        """The files below `start` that were not looked at yet, until readers miss elsewhere, the mount is changed, or
+        its store fails and fails."""
+        async with aclosing(walk(self._engine, start, without=run.done)) as pages:
             async for page in pages:
                 if self._engine.mounts.get(run.mount.path) is not run.mount:
                     run.status.state, run.status.message = "stopped", "the mount was changed"
                     return
                 if run.failures_in_a_row >= _FAILURES_IN_A_ROW_MAX:
                     run.status.state = "failed"
+                    return
+                run.turned_to = run.elsewhere(start)
+                if run.turned_to is not None:
                     return
                 yield self._of_mount(page, run.mount)
 

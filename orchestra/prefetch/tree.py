@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -44,8 +44,11 @@ class Page:
     error: OrchestraError | None = None
 
 
-async def walk(engine: Engine, path: str, *, refresh: bool = False) -> AsyncGenerator[Page, None]:
-    """Yield the files at and below `path`; `refresh` asks the stores what there is now.
+async def walk(
+    engine: Engine, path: str, *, refresh: bool = False, without: Collection[str] = ()
+) -> AsyncGenerator[Page, None]:
+    """Yield the files at and below `path`, but for what lies in the folders `without`; `refresh` asks the stores what
+    there is now.
 
     Raises what looking at `path` itself raises (NotFoundError for a path that is not there). What fails below it is
     yielded as a page with an error, and the walk goes on.
@@ -55,7 +58,7 @@ async def walk(engine: Engine, path: str, *, refresh: bool = False) -> AsyncGene
     if entry.kind is EntryKind.FILE:
         yield Page((file_at(engine, path, entry),))
         return
-    ahead = _Listings(engine, path, refresh=refresh)
+    ahead = _Listings(engine, path, refresh=refresh, without=without)
     try:
         while (folder := await ahead.next()) is not None:
             where, listed = folder
@@ -148,9 +151,10 @@ _Asked = tuple[str, "asyncio.Task[Listed]"]
 class _Listings:
     """Folders in the order of the walk, listed some ahead of it. Folders not asked for yet are iterators, not lists."""
 
-    def __init__(self, engine: Engine, path: str, *, refresh: bool) -> None:
+    def __init__(self, engine: Engine, path: str, *, refresh: bool, without: Collection[str]) -> None:
         self._engine = engine
         self._refresh = refresh
+        self._without = without
         self._nodes: deque[_Asked | Iterator[str]] = deque([iter((path,))])
 
     async def next(self) -> tuple[str, Listed] | None:
@@ -163,7 +167,8 @@ class _Listings:
         path, task = node
         listed = await task
         if not isinstance(listed, OrchestraError):
-            self._nodes.appendleft(_folders_below(self._engine, path, listed))
+            below = _folders_below(self._engine, path, listed)
+            self._nodes.appendleft(one for one in below if one not in self._without)
         return path, listed
 
     async def close(self) -> None:

@@ -26,7 +26,6 @@ BROAD_EXCEPTS = {
     "orchestra/cli/main.py": "the command line's outermost frame",
     "orchestra/fuse/channel.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
     "orchestra/fuse/session.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
-    "orchestra/daemon/api/between.py": "the outermost frame of a request of another node: it answers 500",
     "orchestra/daemon/api/peer.py": "the outermost frame of a request of another node: it breaks the connection off",
     "orchestra/daemon/api/app.py": "the outermost frame of an HTTP request: it answers 500",
     "tests/support/node.py": "the outermost frame of a node's thread: whoever waits for the node raises it again",

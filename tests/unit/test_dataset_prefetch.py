@@ -15,6 +15,7 @@ from orchestra.errors import StoreError
 from orchestra.prefetch.dataset import statuses_json
 from orchestra.stores.registry import wrapped
 from orchestra.testing.fault_store import Fail, FaultStore, Stall
+from orchestra.values import ByteRange, ObjectInfo
 from tests.support.cache import BLOCK, data_of
 from tests.support.node import PATIENCE_S, ThreadNode, thread_node
 from tests.support.ram import ram_folder
@@ -34,6 +35,19 @@ def store() -> VersionedStore:
     for index in range(40):
         store.put(f"{index // 10:02d}/{index:03d}", data_of(str(index), BLOCK))
     return store
+
+
+class _HeldBack(VersionedStore):
+    """Answers reads of what was not read by hand when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_go = asyncio.Event()
+
+    async def read(self, info: ObjectInfo, byte_range: ByteRange) -> bytes:
+        if info.key.startswith("first/") and info.key != "first/0000":
+            await self.may_go.wait()
+        return await super().read(info, byte_range)
 
 
 async def _ended(node: ThreadNode) -> list[dict[str, Any]]:
@@ -69,6 +83,40 @@ def test_the_folder_that_is_being_read_comes_first(tmp_path: Path, store: Versio
         node.client().read_file("/data/02/025")
         node.run(_ended(node))
     assert {key[:2] for key, _, _ in store.reads[:10]} == {"02"}
+
+
+def test_it_goes_outwards_from_what_is_read(tmp_path: Path) -> None:
+    """A data set is complete before another one in the same mount is begun, whatever their names; each file is looked
+    at once."""
+    store = VersionedStore()
+    for name in ("other/00/0", "other/01/1", "mine/00/0", "mine/00/1", "mine/01/2", "mine/2", "top"):
+        store.put(name, data_of(name, BLOCK))
+    with thread_node(tmp_path, store, prefetch="dataset") as node:
+        node.client().read_file("/data/mine/00/0")
+        (status,) = node.run(_ended(node))
+    assert {key for key, _, _ in store.reads[:2]} == {"mine/00/0", "mine/00/1"}
+    assert {key for key, _, _ in store.reads[2:4]} == {"mine/01/2", "mine/2"}
+    assert (status["state"], status["files_done"], status["bytes_done"]) == ("complete", 7, 7 * BLOCK)
+
+
+def test_it_turns_to_where_readers_miss(tmp_path: Path) -> None:
+    """Misses in one other folder have it go on there before what it had begun; each file is counted once."""
+    store = _HeldBack()
+    for index in range(1600):
+        store.put(f"first/{index:04d}", b"1")
+    for index in range(40):
+        store.put(f"second/{index:04d}", b"2")
+    with thread_node(tmp_path, store, prefetch="dataset") as node:
+        client = node.client()
+        client.read_file("/data/first/0000")
+        for index in range(10):
+            client.read_file(f"/data/second/{index:04d}")
+        node.loop.call_soon_threadsafe(store.may_go.set)
+        (status,) = node.run(_ended(node))
+    keys = [key for key, _, _ in store.reads]
+    assert max(keys.index(f"second/{index:04d}") for index in range(40)) < keys.index("first/1599")
+    assert (status["state"], status["files_done"]) == ("complete", 1640)
+    assert len(keys) == len(set(keys))
 
 
 def test_looking_at_names_loads_nothing(tmp_path: Path, store: VersionedStore) -> None:
