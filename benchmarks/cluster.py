@@ -170,9 +170,13 @@ class PeerReads:
         await asyncio.gather(*(work() for _ in range(at_once)))
 
     async def batched(self, parts: Sequence[ExtentPart]) -> None:
-        """As a node asks for what many readers miss at one moment."""
-        for data in await asyncio.gather(*(self.client.fetch(part) for part in parts)):
-            assert len(data) > 0
+        """As a node asks for what many readers miss at one moment; what came is let go of at once, as by `alone`."""
+
+        async def work(part: ExtentPart) -> None:
+            data = await self.client.fetch(part)
+            assert len(data) == part.size_bytes
+
+        await asyncio.gather(*map(work, parts))
 
     async def check(self, parts: Sequence[ExtentPart]) -> None:
         """Compare some with what the store has."""

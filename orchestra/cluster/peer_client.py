@@ -76,6 +76,7 @@ class PeerClient:
             heard=heard,
         )
         self._heard = heard
+        self.connections_count = 0  # made since the start, but for those of batches
 
     async def fetch(self, part: ExtentPart) -> Buffer:
         """Return exactly those bytes, each block's checksum compared: a small object in a batch with others, anything
@@ -143,6 +144,7 @@ class PeerClient:
             raise PeerError(Cause.CONNECT_TIMEOUT, f"no connection within {self._connect_timeout_s:g}s") from error
         except OSError as error:
             raise PeerError(Cause.CONNECT_REFUSED, str(error)) from error
+        self.connections_count += 1
         return BlockSocket(sock, self._stall_timeout_s)
 
     def _checked(self, part: ExtentPart, answer: PeerAnswer) -> memoryview:

@@ -1,17 +1,19 @@
-"""Large answers of other nodes, received by threads: one call to the kernel a block.
+"""Large answers of other nodes, received by threads: a few calls to the kernel a block.
 
 Owns: the sockets, the threads, the memory that blocks are received into, checksums (which those threads compute).
 Leaves to others: what is asked for, what an answer means (peer_client).
 
-Why threads here and none for small objects: a block of 4 MiB comes in some twenty pieces, and for each of them an event
-loop wakes up, while a blocking call with MSG_WAITALL sleeps until all of it is there and holds no lock meanwhile. With
-four connections on two cores a loop reached half of what raw sendfile does, threads all of it.
+Why threads here and none for small objects: a block of 4 MiB comes in some sixty pieces, and for each of them an event
+loop wakes up. A thread sleeps until the kernel has gathered a quarter of a mebibyte (SO_RCVLOWAT), and holds no lock
+meanwhile. With four connections on two cores a loop reached half of what raw sendfile does, threads with MSG_WAITALL,
+which the kernel wakes up for every piece, two thirds of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 import struct
 import threading
@@ -29,6 +31,9 @@ _THREADS = 32
 _ERROR_BODY_BYTES_MAX = 64 * 1024
 _FIRST_READ_BYTES = 4096
 _TIMEVAL = struct.Struct("@ll")
+# Sleeping and waking up costs 10 us on both sides, and copying this much 30. More of it was no better, and leaves the
+# other side less room before it has to wait.
+_PIECE_BYTES = 256 * 1024
 # How long memory is kept after the last request.
 _MEMORY_KEPT_S = 2.0
 
@@ -112,6 +117,9 @@ class BlockSocket:
         self._socket = sock
         self._stall_timeout_s = stall_timeout_s
         self._early = b""
+        self._low_water_bytes = 1
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self.is_usable = True
         sock.setblocking(True)
         seconds = int(stall_timeout_s)
@@ -164,12 +172,25 @@ class BlockSocket:
         data[:at] = self._early
         while at < len(data):
             try:
-                count = self._socket.recv_into(data[at:], len(data) - at, socket.MSG_WAITALL)
+                self._wait_for(min(_PIECE_BYTES, len(data) - at))
+                count = self._socket.recv_into(data[at:], len(data) - at, socket.MSG_DONTWAIT)
             except OSError as error:
                 raise self._failure(error) from error
             if not count:
                 raise PeerError(Cause.CUT_SHORT, f"the body ended after {at} of {len(data)} bytes")
             at += count
+        self._set_low_water(1)
+
+    def _wait_for(self, size_bytes: int) -> None:
+        """Return when so much is here, or nothing more comes, or the stall timeout is over."""
+        self._set_low_water(size_bytes)
+        # Not by the call that receives: it would take what is here, and then wait for as much again.
+        self._poll.poll(self._stall_timeout_s * 1000)
+
+    def _set_low_water(self, size_bytes: int) -> None:
+        if size_bytes != self._low_water_bytes:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
+            self._low_water_bytes = size_bytes
 
     def _some(self, is_begun: bool) -> bytes:
         try:

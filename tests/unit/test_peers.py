@@ -248,6 +248,23 @@ async def test_a_peer_that_says_it_is_at_work_is_waited_for() -> None:
         assert peers.counts()["a"].failures == {}
 
 
+async def test_a_peer_that_sends_little_at_a_time_is_waited_for() -> None:
+    """Bytes are progress, however few of them come within the stall timeout."""
+
+    async def drip(writer: Writer, is_small: bool) -> None:
+        never: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        whole = large_answer(DATA)
+        for at in range(0, len(whole), len(whole) // 5):
+            writer.write(whole[at : at + len(whole) // 5])
+            await asyncio.wait({never}, timeout=STALL_S / 2)
+
+    async with peers_of(drip) as (peers, _):
+        data = await peers.read(replace(LARGE_PART, priority=3), ("a",))
+        assert data is not None
+        assert bytes(data) == DATA
+        assert peers.counts()["a"].failures == {}
+
+
 async def test_what_is_asked_for_at_one_moment_goes_in_one_batch() -> None:
     """Many small objects cost one request; each caller gets its own bytes."""
     names = [ObjectId("s", f"k{number}", "v") for number in range(50)]

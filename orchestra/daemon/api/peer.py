@@ -108,17 +108,22 @@ class PeerConnection(asyncio.Protocol):
         if self._inner is not None:
             self._inner.data_received(data)
             return
-        assert self._transport is not None
         self._received += data
-        if not any(self._received.startswith(prefix[: len(self._received)]) for prefix in _PREFIXES):
-            self._give_away(self._transport)
-        elif self._task is not None:
-            self._transport.abort()  # a node asks for one thing at a time
-        else:
-            self._begin(self._transport)
+        if self._task is None:
+            self._take_next()
+        # A node asks for one thing at a time. That it has all of an answer it may know, and ask for the next, before
+        # this loop does: a thread has sent it.
+        elif len(self._received) > HEAD_BYTES_MAX + BODY_BYTES_MAX and self._transport is not None:
+            self._transport.abort()
 
-    def _begin(self, transport: asyncio.Transport) -> None:
-        """Answer the request if it is here whole."""
+    def _take_next(self) -> None:
+        """Answer the next request if it is here whole."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if not any(self._received.startswith(prefix[: len(self._received)]) for prefix in _PREFIXES):
+            self._give_away(transport)
+            return
         end = self._received.find(b"\r\n\r\n")
         if end < 0 or end > HEAD_BYTES_MAX:
             if len(self._received) > HEAD_BYTES_MAX:
@@ -127,14 +132,14 @@ class PeerConnection(asyncio.Protocol):
                 self._set_timer(_RECEIVE_TIMEOUT_S)
             return
         asked = _parsed(self._received[:end])
-        missing = end + 4 + asked.body_length - len(self._received)
-        if missing < 0 or asked.body_length > BODY_BYTES_MAX:
+        stop = end + 4 + asked.body_length
+        if asked.body_length > BODY_BYTES_MAX:
             transport.abort()
-        elif missing:
+        elif len(self._received) < stop:
             if self._timer is None:
                 self._set_timer(_RECEIVE_TIMEOUT_S)
         else:
-            body, self._received = self._received[end + 4 :], b""
+            body, self._received = self._received[end + 4 : stop], self._received[stop:]
             self._set_timer(None)
             self._task = asyncio.create_task(self._answer(asked, body))
 
@@ -169,6 +174,8 @@ class PeerConnection(asyncio.Protocol):
         finally:
             self._task = None
             self._activity.end()
+        if self._received:
+            self._take_next()
 
     async def _answer_or_refuse(self, asked: _Asked, body: bytes) -> None:
         try:
