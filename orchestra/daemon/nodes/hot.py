@@ -99,9 +99,8 @@ class HotCopies:
 
     def places_of(self, part: ExtentPart) -> int:
         """See daemon.peers.CountsReads."""
-        if self._cluster.ring.digest != self._ring_digest:
-            return 0
-        return self._heat.places((part.digest, part.extent_index), self._parts.clock.now_ns())
+        places = self._heat.places((part.digest, part.extent_index), self._parts.clock.now_ns())
+        return places if places and self._cluster.ring.digest == self._ring_digest else 0
 
     async def run(self) -> None:
         """Have copies made, and look whether they are still there, until cancelled."""
