@@ -53,15 +53,16 @@ class LoaderMixin:
         """Return the environment of the loading process."""
         return clean_environment() | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
 
-    def load(self, names: Sequence[str], *, check: bool = False) -> dict[str, Any]:
-        """Load each file once; end with a sentence unless all came (and, when asked, hold what they should)."""
+    def load(self, names: Sequence[str], *, check: bool = False, epochs: int = 1) -> dict[str, Any]:
+        """Load each file once an epoch; end with a sentence unless all came and, when asked, hold what they should."""
         method, setup = self.loader_setup()
         request = {"method": method, "setup": setup, "names": list(names), "loader": LOADER, "check": check}
+        request["epochs"] = epochs
         command = [sys.executable, str(HERE / "loader_reader.py")]
         output = run_group(command, json.dumps(request), self.environment_of_reader(), self.name)
         answer: dict[str, Any] = json.loads(output.splitlines()[-1])
-        if answer["files"] != len(names):
-            raise LoaderFailedError(f"{self.name} loaded {answer['files']} files instead of {len(names)}")
+        if answer["files"] != len(names) * epochs:
+            raise LoaderFailedError(f"{self.name} loaded {answer['files']} files instead of {len(names) * epochs}")
         if check and answer["byte_sum"] != sum(expected_bytes(one, 0, 1)[0] for one in names):
             raise LoaderFailedError(f"{self.name} loaded wrong bytes")
         return answer

@@ -1,8 +1,9 @@
-"""One epoch of small files through a DataLoader, in a process of its own: reads one JSON object, prints one.
+"""Epochs of small files through a DataLoader, in a process of its own: reads one JSON object, prints one.
 
 Every contestant gives the same samples (the file's bytes as a tensor) in batches of the same size with the same number
-of workers; what is timed is the epoch, from making the loader's iterator to the last batch. Owns: the loaders, each as
-its makers recommend. Leaves to others: what is served (loader_contestants.py), the tables (loaders.py).
+of workers; what is timed is the epoch, from making the loader's iterator to the last batch; each epoch has workers of
+its own. Owns: the loaders, each as its makers recommend. Leaves to others: what is served (loader_contestants.py), the
+tables (loaders.py).
 """
 
 from __future__ import annotations
@@ -134,16 +135,17 @@ def cpu_s() -> float:
 
 
 def main() -> None:
-    """Do one epoch."""
+    """Do the epochs."""
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
     loader = make_loader(request["method"], request["setup"], request["names"], request["loader"])
     before = cpu_s()
     began = time.perf_counter()
     files, byte_sum = 0, 0
-    for batch in loader:
-        files += len(batch)
-        byte_sum += int(batch[:, 0].sum()) if request["check"] else 0
+    for _ in range(request["epochs"]):
+        for batch in loader:
+            files += len(batch)
+            byte_sum += int(batch[:, 0].sum()) if request["check"] else 0
     seconds = time.perf_counter() - began
     print(json.dumps({"seconds": seconds, "files": files, "cpu_s": cpu_s() - before, "byte_sum": byte_sum}))
 
