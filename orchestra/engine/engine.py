@@ -220,15 +220,13 @@ class Engine:
         missing = await self._missing(digest, wanted, suspect=suspect)
         if not missing:
             return True
-        if priority is Priority.DEMAND and not wanted.is_for_peer:
-            for listener in self._listeners:
-                listener(Access(wanted, digest, self.geometry.blocks_of(wanted.byte_range)))
+        self._tell_of_miss(wanted, priority)
         if not self._is_kept(digest, wanted, missing[0], is_asked_for=priority is Priority.LOAD):
             return False  # to fetch what cannot be kept would be to fetch it twice
-        return await self._all_of(self._join_or_start(digest, wanted, missing, priority), wanted)
+        return await self._all_of(self._join_or_start(digest, wanted, missing, priority))
 
-    def ensure_soon(self, wanted: Wanted) -> bool | asyncio.Future[bool]:
-        """`ensure` of a demand without a task of its own: the answer, or what will give it (or raise it).
+    def ensure_soon(self, wanted: Wanted, priority: Priority = Priority.DEMAND) -> bool | asyncio.Future[bool]:
+        """`ensure` without a task of its own: the answer, or what will give it (or raise it).
 
         Who asks must not cancel the future: others may wait for the same fetch.
         """
@@ -236,20 +234,20 @@ class Engine:
         touched = self.geometry.blocks_of(wanted.byte_range)
         size = wanted.info.size_bytes
         if any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
-            return asyncio.ensure_future(self.ensure(wanted))  # part of it is here: files may have to be looked at
+            return asyncio.ensure_future(self.ensure(wanted, priority))  # some is here: files may have to be looked at
         self.statistics.ensures += 1
-        for listener in self._listeners:
-            listener(Access(wanted, digest, touched))
+        self._tell_of_miss(wanted, priority)
         if not touched:
             return True
-        if not self._is_kept(digest, wanted, touched.start):
+        if not self._is_kept(digest, wanted, touched.start, is_asked_for=priority is Priority.LOAD):
             return False
-        flights = self._join_or_start(digest, wanted, touched, Priority.DEMAND)
-        if len(flights) > 1:
-            return asyncio.ensure_future(self._all_of(flights, wanted))
-        (flight,) = flights
-        flight.add_done_callback(partial(self._note_if_stale, wanted))
-        return flight
+        flights = self._join_or_start(digest, wanted, touched, priority)
+        return flights.pop() if len(flights) == 1 else asyncio.ensure_future(self._all_of(flights))
+
+    def _tell_of_miss(self, wanted: Wanted, priority: Priority) -> None:
+        if priority is Priority.DEMAND and not wanted.is_for_peer:
+            for listener in self._listeners:
+                listener(Access(wanted, wanted.digest, self.geometry.blocks_of(wanted.byte_range)))
 
     def _is_kept(self, digest: str, wanted: Wanted, block: int, *, is_asked_for: bool = False) -> bool:
         """Whether that block would be kept, going by room, eviction policy, pins, quotas and who owns it."""
@@ -258,18 +256,10 @@ class Engine:
         origin = Origin(wanted.mount.store.store_id, wanted.info.key)
         return self.blocks.admits(digest, wanted.info.size_bytes, block, origin, is_asked_for=is_asked_for)
 
-    async def _all_of(self, flights: set[asyncio.Task[bool]], wanted: Wanted) -> bool:
-        try:
-            if len(flights) == 1:  # nearly always: a small object, or one block of a large one
-                return await asyncio.shield(next(iter(flights)))
-            return all(await asyncio.gather(*(asyncio.shield(flight) for flight in flights)))
-        except StaleObjectError:
-            self._note_stale(wanted)
-            raise
-
-    def _note_if_stale(self, wanted: Wanted, flight: asyncio.Task[bool]) -> None:
-        if not flight.cancelled() and isinstance(flight.exception(), StaleObjectError):
-            self._note_stale(wanted)
+    async def _all_of(self, flights: set[asyncio.Task[bool]]) -> bool:
+        if len(flights) == 1:  # nearly always: a small object, or one block of a large one
+            return await asyncio.shield(next(iter(flights)))
+        return all(await asyncio.gather(*(asyncio.shield(flight) for flight in flights)))
 
     def _note_stale(self, wanted: Wanted) -> None:
         """Who opens the path next must not be given the version that is gone."""
@@ -386,7 +376,7 @@ class Engine:
             task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority, marks))
             for block in part:
                 self._flights[(digest, block)] = task
-            task.add_done_callback(partial(self._land, digest, part, marks))
+            task.add_done_callback(partial(self._land, wanted, part, marks))
             flights.add(task)
         if priority is Priority.DEMAND and not wanted.is_for_peer:
             now_ns = self.stalls.now_ns()
@@ -394,22 +384,23 @@ class Engine:
                 self._wanted_ns.setdefault(flight, now_ns)
         return flights
 
-    def _land(self, digest: str, part: range, marks: list[int], task: asyncio.Task[bool]) -> None:
+    def _land(self, wanted: Wanted, part: range, marks: list[int], task: asyncio.Task[bool]) -> None:
         for block in part:
-            self._flights.pop((digest, block), None)
+            self._flights.pop((wanted.digest, block), None)
         wanted_ns = self._wanted_ns.pop(task, None)
         if wanted_ns is not None and len(marks) == 3:  # begun, granted, received: else it was stopped before
             marks.append(self.stalls.now_ns())
             self.stalls.add_flight(wanted_ns, marks)
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; a read-ahead that nobody waits for may fail in silence
+        # Whoever waited has the error, too; a read-ahead that nobody waits for may fail in silence.
+        if not task.cancelled() and isinstance(task.exception(), StaleObjectError):
+            self._note_stale(wanted)  # before anybody who waited goes on
 
     async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: list[int]) -> bool:
         marks.append(self.stalls.now_ns())
         size = wanted.info.size_bytes
-        first = self.geometry.block_range(size, part.start)
-        last = self.geometry.block_range(size, part.stop - 1)
-        span = ByteRange(first.start, last.stop)
+        span = self.geometry.block_range(size, part.start)
+        if len(part) > 1:
+            span = ByteRange(span.start, self.geometry.block_range(size, part.stop - 1).stop)
         if self.sharing is None:
             brought: Bringing = self.fetcher.part(wanted.mount.store, wanted.info, span, priority, marks)
         else:

@@ -205,13 +205,14 @@ class Loader:
 
     async def _ensure(self, wanted: Wanted) -> bool:
         size_bytes, begun_ns = wanted.byte_range.length, 0
-        if self._engine.holds_some(wanted):
-            await asyncio.sleep(0)  # what is here already would keep the loop without a pause
-        elif not self._engine.is_coming(wanted):  # else the time says when a reader asked
-            begun_ns = self._clock.now_ns()
+        if not self._engine.holds_some(wanted) and not self._engine.is_coming(wanted):
+            begun_ns = self._clock.now_ns()  # else the time says when a reader asked
+        soon = self._engine.ensure_soon(wanted, self.priority)
+        if isinstance(soon, bool):
+            return soon
         self.bytes_in_flight += size_bytes
         try:
-            is_kept = await self._engine.ensure(wanted, self.priority)
+            is_kept = await asyncio.shield(soon)  # others may wait for the same fetch
         finally:
             self.bytes_in_flight -= size_bytes
         if begun_ns and len(self._answers) < ANSWERS_MAX:

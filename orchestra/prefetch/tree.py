@@ -137,11 +137,10 @@ def _file(folder: str, name: str, mount: OpenedMount, prefix: str, row: RecordEn
 def _folders_below(engine: Engine, folder: str, record: Record | None) -> Iterator[str]:
     mounted = engine.mounts.names_below(folder)
     yield from (join(folder, name) for name in mounted)
-    for row in record or ():
-        if row.kind is EntryKind.DIRECTORY:
-            name = row.name.decode("utf-8", "surrogateescape")
-            if name not in mounted:
-                yield join(folder, name)
+    for raw_name in record.directories() if record is not None else ():
+        name = raw_name.decode("utf-8", "surrogateescape")
+        if name not in mounted:
+            yield join(folder, name)
 
 
 Listed = Record | OrchestraError | None
