@@ -94,7 +94,8 @@ class BlockStore:
         self._open_extents_max = min(_OPEN_EXTENTS_MAX, int(descriptors_max * _OPEN_EXTENTS_RATIO))
         self._lock = threading.RLock()
         self._written = self._evicted = self._evicted_count = self._corrupt = 0
-        self._expired_count = self._refused_count = self._left_count = 0
+        self._expired_count = self._refused_count = 0
+        self.left_count = 0  # extents that left, whatever the reason: while it is the same, nothing has left
         self.space = BlockSpace(accounts, self._lock, busy=self._busy, drop=self._drop, unlink=self._files.unlink)
         self._is_full_known = False  # that there is no room for what is not pinned was said, and is true still
 
@@ -192,11 +193,6 @@ class BlockStore:
     def turnover_count(self) -> int:
         """How often something was evicted or refused; while it grows, what readers read decides what is kept."""
         return self._evicted_count + self._refused_count
-
-    @property
-    def left_count(self) -> int:
-        """How many extents left since the start, whatever the reason: while it is the same, nothing has left."""
-        return self._left_count
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -423,7 +419,7 @@ class BlockStore:
         if name in self._accounts:
             self._evicted += self._accounts.remove(name)
             self._evicted_count += 1
-            self._left_count += 1
+            self.left_count += 1
         return self._files.set_aside(name)
 
     # -- verifying -------------------------------------------------------------------------------------------------

@@ -70,6 +70,13 @@ def test_a_directory_hides_a_file_of_its_name() -> None:
         assert record.hidden_count == 1
 
 
+def test_the_directories_are_told_without_the_files() -> None:
+    """In order of their names, wherever files stand between them."""
+    names = [directory(b"b"), file(b"a"), file(b"c"), directory(b"e"), directory(b"d"), file(b"f")]
+    assert list(built(*names).directories()) == [b"b", b"d", b"e"]
+    assert list(built(file(b"a")).directories()) == []
+
+
 def test_a_name_that_comes_twice_is_shown_once() -> None:
     """A store that repeats itself in a listing does not make two files of one."""
     assert len(built(file(b"x"), file(b"y"), file(b"x"))) == 2
