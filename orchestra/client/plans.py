@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestra.blocks.layout import CacheLayout
 from orchestra.client.process import start_daemon
-from orchestra.client.wire import ConnectionLostError, DaemonConnection
+from orchestra.client.wire import ConnectionLostError, DaemonConnection, Posting
 from orchestra.config import Config
 from orchestra.errors import DaemonUnavailableError, UsageError
 from orchestra.prefetch.path_table import pack_paths, table_name
@@ -56,6 +56,7 @@ class PlanPublisher:
         socket_path = str(CacheLayout(config.cache.dir).socket)
         self._publishing = DaemonConnection(socket_path, timeout_s=_PUBLISH_TIMEOUT_S)
         self._moving = DaemonConnection(socket_path, timeout_s=_POSITION_TIMEOUT_S)
+        self._positions = Posting(self._moving)
 
     @property
     def messages_sent(self) -> int:
@@ -101,6 +102,21 @@ class PlanPublisher:
         body = {"plan": self.name, "epoch": epoch, "position": offset}
         return bool(self._send(self._moving, "POST", "/v1/plans/position", body)["known"])
 
+    def move_soon(self, epoch: int, offset: int) -> bool:
+        """As `move`, for a training that must not wait for it: the answer is that to the position before, True if
+        there is none yet. While the daemon has not answered, nothing more is said."""
+        body = {"plan": self.name, "epoch": epoch, "position": offset}
+        try:
+            before = self._positions.post("/v1/plans/position", body)
+        except ConnectionLostError as lost:
+            raise self._absent() from lost
+        return before is None or bool(before["known"])
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the daemon has not answered the last `move_soon` yet."""
+        return self._positions.is_waiting
+
     def end(self) -> None:
         """Say that the reader will read no more. Never starts a daemon; says nothing if nothing is known to it."""
         if not self._sent:
@@ -110,6 +126,7 @@ class PlanPublisher:
 
     def close(self) -> None:
         """Close the sockets. Idempotent."""
+        self._positions.close()
         self._publishing.close()
         self._moving.close()
 
@@ -139,5 +156,9 @@ class PlanPublisher:
         try:
             return connection.request(method, route, body)
         except ConnectionLostError as lost:
-            text = f"no daemon runs for cache.dir {self._config.cache.dir}; start one with: orchestra daemon start"
-            raise DaemonUnavailableError(text) from lost
+            raise self._absent() from lost
+
+    def _absent(self) -> DaemonUnavailableError:
+        return DaemonUnavailableError(
+            f"no daemon runs for cache.dir {self._config.cache.dir}; start one with: orchestra daemon start"
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class DaemonConnection:
     def __init__(self, socket_path: str, *, timeout_s: float, owner_uid: int | None = None) -> None:
         """`owner_uid`: whose daemon it has to be, where the socket lies in a folder that others may write to."""
         self._owner_uid = owner_uid
-        self._socket_path = socket_path
+        self.socket_path = socket_path
         self._timeout_s = timeout_s
         self._pid = os.getpid()
         self._idle: list[socket.socket] = []
@@ -53,13 +54,7 @@ class DaemonConnection:
         """
         with self._exchange(method, route, body) as answer:
             payload = answer.read_all()
-        try:
-            document = json.loads(payload) if payload else {}
-        except ValueError as error:
-            raise DaemonUnavailableError(f"{self._socket_path} does not speak orchestra's protocol") from error
-        if answer.status != 200:
-            raise from_wire(document)
-        return dict(document)
+        return _document(answer.status, payload, self.socket_path)
 
     def read_into(self, route: str, body: dict[str, Any], buffer: memoryview) -> int:
         """Send a request whose answer is bytes; put them into `buffer` and return how many came."""
@@ -123,7 +118,7 @@ class DaemonConnection:
             if connection is not None:
                 connection.close()
             if isinstance(error, TimeoutError):
-                text = f"the daemon at {self._socket_path} did not answer within {self._timeout_s:.0f} s"
+                text = f"the daemon at {self.socket_path} did not answer within {self._timeout_s:.0f} s"
                 raise DaemonUnavailableError(text) from error
             raise
         if answer.is_last or len(self._idle) >= _IDLE_SOCKETS_MAX:
@@ -143,31 +138,83 @@ class DaemonConnection:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(self._timeout_s)
         try:
-            connection.connect(self._socket_path)
+            connection.connect(self.socket_path)
         except OSError as error:
             connection.close()
-            raise ConnectionLostError(f"no daemon answers at {self._socket_path}: {error.strerror or error}") from error
+            raise ConnectionLostError(f"no daemon answers at {self.socket_path}: {error.strerror or error}") from error
         if self._owner_uid is not None:
             uid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
             if uid != self._owner_uid:
                 connection.close()
                 raise DaemonUnavailableError(
-                    f"refusing {self._socket_path}: uid {uid} listens there, and not uid {self._owner_uid}, the owner "
+                    f"refusing {self.socket_path}: uid {uid} listens there, and not uid {self._owner_uid}, the owner "
                     "of the cache directory"
                 )
         return connection
 
 
+class Posting:
+    """Requests whose sender does not wait: each answer is looked at when the next request is sent. One thread, one
+    process."""
+
+    def __init__(self, connections: DaemonConnection) -> None:
+        self._connections = connections
+        self._socket: socket.socket | None = None  # has an answer outstanding
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer is outstanding and has not begun to come."""
+        return self._socket is not None and not _is_readable(self._socket)
+
+    def post(self, route: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        """Send a request and return the answer to the one before; None if there was none before. While that answer is
+        outstanding nothing is sent, and None is returned.
+
+        Raises what DaemonConnection.request raises; then what was outstanding is forgotten.
+        """
+        if self.is_waiting:
+            return None
+        connection, self._socket = self._socket, None
+        document = None
+        try:
+            if connection is not None:
+                try:
+                    answer = _Answer(connection)
+                    document = _document(answer.status, answer.read_all(), self._connections.socket_path)
+                except ConnectionLostError:  # it is another daemon now, or none: a new connection tells
+                    connection.close()
+                    connection = None
+            if connection is None:
+                connection = self._connections.open_socket()
+            _guarded(connection.sendall, _message("POST", route, body))
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, TimeoutError):
+                raise DaemonUnavailableError("the daemon began an answer and did not end it") from error
+            raise
+        self._connections.count_message()
+        self._socket = connection
+        return document
+
+    def close(self) -> None:
+        """Forget what is outstanding. Idempotent."""
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+
 class _Answer:
     """The answer to one request on one socket. Raises TimeoutError, and ConnectionLostError if it does not come."""
 
-    def __init__(self, connection: socket.socket, message: bytes) -> None:
-        """Send `message` and read the head of the answer."""
+    def __init__(self, connection: socket.socket, message: bytes = b"") -> None:
+        """Send `message`, unless that was done, and read the head of the answer."""
         self._connection = connection
-        self._guard(connection.sendall, message)
+        if message:
+            _guarded(connection.sendall, message)
         received = b""
         while (end := received.find(b"\r\n\r\n")) < 0:
-            piece = self._guard(connection.recv, _RECEIVE_BYTES)
+            piece = _guarded(connection.recv, _RECEIVE_BYTES)
             if not piece or len(received) > _HEADER_LIMIT_BYTES + _RECEIVE_BYTES:
                 raise ConnectionLostError("the daemon closed the connection before it answered")
             received += piece
@@ -191,20 +238,37 @@ class _Answer:
         at = len(self._begun)
         buffer[:at] = self._begun
         while at < self.length:
-            count = self._guard(self._connection.recv_into, buffer[at : self.length])
+            count = _guarded(self._connection.recv_into, buffer[at : self.length])
             if not count:
                 raise ConnectionLostError("the daemon closed the connection in the middle of its answer")
             at += count
         return self.length
 
-    @staticmethod
-    def _guard(call: Any, *arguments: Any) -> Any:
-        try:
-            return call(*arguments)
-        except TimeoutError:
-            raise
-        except OSError as error:
-            raise ConnectionLostError(f"the connection to the daemon broke: {error.strerror or error}") from error
+
+def _is_readable(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _guarded(call: Any, *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except TimeoutError:
+        raise
+    except OSError as error:
+        raise ConnectionLostError(f"the connection to the daemon broke: {error.strerror or error}") from error
+
+
+def _document(status: int, payload: bytes, socket_path: str) -> dict[str, Any]:
+    """The JSON object of an answer. Raises the OrchestraError that it holds."""
+    try:
+        document = json.loads(payload) if payload else {}
+    except ValueError as error:
+        raise DaemonUnavailableError(f"{socket_path} does not speak orchestra's protocol") from error
+    if status != 200:
+        raise from_wire(document)
+    return dict(document)
 
 
 def _message(method: str, route: str, body: dict[str, Any] | bytes | None) -> bytes:

@@ -116,7 +116,7 @@ class PlannedSampler(Sampler[int]):
             running.drawn = offset + 1
             yield index
         if is_publishing:
-            self._tell(running, len(share))
+            self._tell(running, len(share), is_last=True)
 
     def __len__(self) -> int:
         """Samples of this rank in the running pass; after its end, and before the first, in the next."""
@@ -229,13 +229,14 @@ class PlannedSampler(Sampler[int]):
         weakref.finalize(self, _end, publisher)
         return publisher
 
-    def _tell(self, running: _Pass, offset: int) -> bool:
-        """Say where the reader is; False once that has failed too often in this pass."""
+    def _tell(self, running: _Pass, offset: int, *, is_last: bool = False) -> bool:
+        """Say where the reader is; False once that has failed too often in this pass. Only the end is waited for."""
         publisher = self._publisher
         if publisher is None or self._pass is not running:
             return False
         try:
-            if not publisher.move(running.number, offset):  # the daemon is another one
+            say = publisher.move if is_last else publisher.move_soon
+            if not say(running.number, offset):  # the daemon is another one
                 publisher.publish_again()
                 publisher.move(running.number, offset)
             running.failures = 0

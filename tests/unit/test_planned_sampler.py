@@ -3,10 +3,13 @@ the node says. The node here is none, or one in a thread; DataLoaders and ranks 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import gc
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from orchestra.clock import ManualClock
 from orchestra.errors import UsageError
 from orchestra.torch import PlannedSampler
 from tests.support.cache import BLOCK, data_of
-from tests.support.node import thread_node, write_config
+from tests.support.node import PATIENCE_S, ThreadNode, thread_node, write_config
 from tests.support.ram import ram_folder
 from tests.support.versioned_store import VersionedStore
 
@@ -326,7 +329,7 @@ class TestWithNode:
 
     def test_few_messages_say_where_the_reader_is(self, tmp_path: Path, store: VersionedStore) -> None:
         """One at the beginning, one at the end, and none in between while the clock stands still; with a second
-        between the samples, one each."""
+        between the samples, and the daemon's answer, one each."""
         config, clock = config_at(tmp_path), ManualClock()
         with thread_node(tmp_path, store) as node:
             sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
@@ -339,12 +342,14 @@ class TestWithNode:
             assert publisher.messages_sent == published + 1
             for _ in iter(sampler):
                 clock.advance(1.0)
+                self._await_answer(node, sampler)
             assert publisher.messages_sent >= published + 1 + self.COUNT
             assert node.node.plans.status()[0]["epoch"] == 1
             sampler.close()
 
     def test_a_daemon_that_forgets_is_told_again(self, tmp_path: Path, store: VersionedStore) -> None:
-        """In the middle of an epoch the daemon is another one: by the next message it knows everything again."""
+        """In the middle of an epoch the daemon is another one: what it answers to the next message makes the one after
+        tell it everything again."""
         config, clock = config_at(tmp_path), ManualClock()
         with thread_node(tmp_path, store) as node:
             sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
@@ -352,11 +357,58 @@ class TestWithNode:
             for _ in range(10):
                 next(drawing)
             node.run(self._forget(node))
+            for _ in range(2):
+                clock.advance(1.0)
+                next(drawing)
+                self._await_answer(node, sampler)
+            (status,) = node.node.plans.status()
+            assert (status["position"], status["known_samples"]) == (11, 2 * self.COUNT - 11)
+            sampler.close()
+
+    def test_a_daemon_that_does_not_answer_is_not_waited_for(self, tmp_path: Path, store: VersionedStore) -> None:
+        """While it is busy with something else, samples are drawn and nothing more is said; then it is told where the
+        reader is."""
+        config, clock = config_at(tmp_path), ManualClock()
+        with thread_node(tmp_path, store) as node:
+            sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
+            drawing = iter(sampler)
+            next(drawing)
+            publisher = sampler._publisher
+            assert publisher is not None
+            published = publisher.messages_sent
+            with self._held(node):
+                for _ in range(20):
+                    clock.advance(1.0)
+                    next(drawing)
+                assert publisher.messages_sent == published + 1
+            self._await_answer(node, sampler)
             clock.advance(1.0)
             next(drawing)
-            (status,) = node.node.plans.status()
-            assert (status["position"], status["known_samples"]) == (10, 2 * self.COUNT - 10)
+            self._await_answer(node, sampler)
+            assert node.node.plans.status()[0]["position"] == 21
             sampler.close()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _held(node: ThreadNode) -> Iterator[None]:
+        """Keep the node's loop from doing anything inside the block."""
+        is_held, may_go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            may_go.wait(PATIENCE_S)
+
+        node.loop.call_soon_threadsafe(hold)
+        assert is_held.wait(PATIENCE_S)
+        try:
+            yield
+        finally:
+            may_go.set()
+
+    @staticmethod
+    def _await_answer(node: ThreadNode, sampler: PlannedSampler) -> None:
+        while sampler._publisher is not None and sampler._publisher.is_waiting:
+            node.run(asyncio.sleep(0))
 
     @staticmethod
     async def _forget(node: Any) -> None:
