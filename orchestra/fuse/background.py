@@ -13,7 +13,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from orchestra.errors import MountError
 
@@ -23,28 +23,40 @@ def start_in_background(
 ) -> int:
     """Run the command that serves, given the descriptor to report on, as a process that outlives this one.
 
-    Returns its pid once it is ready. Raises MountError with the sentence that it ended with.
+    Returns its pid once it is ready. Raises MountError with the sentence that it ended with, or when the log cannot be
+    written.
     """
-    log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    ours, theirs = os.pipe()
-    with log_file.open("ab") as log, os.fdopen(ours, "rb") as said:
-        try:
-            process = subprocess.Popen(
-                command_with(theirs),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(theirs,),
-                start_new_session=True,
-            )
-        finally:
-            os.close(theirs)
-        try:
-            return _wait_ready(said, on_note, log_file)
-        except BaseException:
-            process.terminate()  # it unmounts what it may have mounted
-            process.wait()
-            raise
+    with _opened(log_file) as log:
+        ours, theirs = os.pipe()
+        with os.fdopen(ours, "rb") as said:
+            try:
+                process = subprocess.Popen(
+                    command_with(theirs),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs,),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(theirs)
+            try:
+                return _wait_ready(said, on_note, log_file)
+            except BaseException:
+                process.terminate()  # it unmounts what it may have mounted
+                process.wait()
+                raise
+
+
+def _opened(log_file: Path) -> BinaryIO:
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return log_file.open("ab")
+    except OSError as error:
+        raise MountError(
+            f"the mount's log {log_file} cannot be written: {error.strerror}; set XDG_STATE_HOME to a folder of yours, "
+            "or mount with --foreground"
+        ) from error
 
 
 def _wait_ready(said: Any, on_note: Callable[[str], None], log_file: Path) -> int:

@@ -172,6 +172,16 @@ def test_a_mount_without_a_record_is_told_as_what_it_is(site: Site) -> None:
     assert site.run("fuse", "umount", site.target).returncode == 0
 
 
+def test_a_log_that_cannot_be_written_is_said_in_one_line(site: Site) -> None:
+    """As for a user without a home; the foreground needs none."""
+    (site.root / "state").write_text("a file")
+    done = site.run("fuse", "mount", site.target)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be written: " in done.stderr
+    assert "set XDG_STATE_HOME to a folder of yours, or mount with --foreground" in done.stderr
+    assert mount_at(str(site.target)) is None
+
+
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [
