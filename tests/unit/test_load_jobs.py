@@ -331,6 +331,21 @@ def test_a_job_that_is_stopped_stays_so_and_another_goes_on_from_there(tmp_path:
         assert len(store.reads) == 30
 
 
+def test_what_leaves_while_a_load_goes_on_is_brought_again(tmp_path: Path, store: VersionedStore) -> None:
+    """Somebody frees files that a load had brought already: its end finds that out, and it ends with all of them."""
+    put_tree(store, 30)
+    faults = FaultStore(store)
+    with thread_node(tmp_path, faults) as node:
+        stall = faults.inject(Stall(), on="read", at=21, times=None)
+        job = submit(node)
+        node.run(stall.wait_fired())
+        assert node.node.blocks.space.free(lambda origin: True).freed_bytes
+        node.loop.call_soon_threadsafe(stall.release)
+        assert node.run(_wait_over(node, job.job_id)).state is JobState.SUCCEEDED
+        assert node.node.blocks.statistics().extents_count == 30
+    assert len(store.reads) > 30
+
+
 def test_a_job_goes_on_after_the_daemon_was_stopped(tmp_path: Path, store: VersionedStore) -> None:
     """The next daemon ends the job by itself, under its number, and fetches nothing that was there."""
     put_tree(store, 30)
