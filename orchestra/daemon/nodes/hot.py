@@ -111,7 +111,9 @@ class HotCopies:
 
     async def _make(self) -> None:
         while True:
-            await self._ask(*await self._waiting.get())
+            is_kept = await self._ask(*await self._waiting.get())
+            self.made += is_kept
+            self.refused += not is_kept
 
     async def _look_again(self) -> None:
         """Copies leave when their nodes need the space, and their owner may have got more of the extent since."""
@@ -123,7 +125,7 @@ class HotCopies:
                     if places >> place & 1:
                         await self._ask(name, place)
 
-    async def _ask(self, name: Name, place: int) -> None:
+    async def _ask(self, name: Name, place: int) -> bool:
         is_kept = False
         digest = self._ring_digest
         try:
@@ -137,8 +139,7 @@ class HotCopies:
         finally:
             if digest == self._ring_digest:
                 self._heat.answered(name, place, self._parts.clock.now_ns(), is_kept=is_kept)
-        self.made += is_kept
-        self.refused += not is_kept
+        return is_kept
 
     def _node_at(self, name: Name, place: int) -> NodeRecord | None:
         order = self._cluster.owners(*name, place + 1)
