@@ -82,7 +82,10 @@ def start(command: Sequence[str], descriptors: Sequence[int]) -> Child:
 
 
 def spawn(command: Sequence[str], descriptors: Sequence[int], *, stdin: int | None = None) -> int:
-    """Start a process that inherits standard output and error and these descriptors; return its pid."""
+    """Start a process that inherits standard output and error and these descriptors; return its pid.
+
+    It is a process group of its own: Ctrl-C is for the supervisor, which ends the others in their order.
+    """
     actions: list[tuple[Any, ...]] = []
     if stdin is None:
         actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
@@ -90,5 +93,10 @@ def spawn(command: Sequence[str], descriptors: Sequence[int], *, stdin: int | No
         actions.append((os.POSIX_SPAWN_DUP2, stdin, 0))
     actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in descriptors]  # onto itself: not closed on exec
     return os.posix_spawnp(
-        command[0], list(command), os.environ, file_actions=actions, setsigdef=[signal.SIGINT, signal.SIGTERM]
+        command[0],
+        list(command),
+        os.environ,
+        file_actions=actions,
+        setpgroup=0,
+        setsigdef=[signal.SIGINT, signal.SIGTERM],
     )

@@ -11,6 +11,7 @@ end the mount, SIGHUP exchanges this program and then the workers, one after the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -131,7 +132,8 @@ class Supervisor:
         if self._is_ours():
             watcher.detach_if_dead(self._plan.target)  # the connection was aborted, not unmounted
         registry.remove_record(registry.MountRecord(**self._plan.record))
-        os.write(self._plan.alive_fd, b".")
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher
+            os.write(self._plan.alive_fd, b".")
         os.close(self._plan.alive_fd)
         os.waitpid(self._plan.watcher_pid, 0)
 

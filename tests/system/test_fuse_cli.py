@@ -117,15 +117,18 @@ def test_foreground_serves_until_a_signal_and_ends_with_0(site: Site) -> None:
     with subprocess.Popen(
         [*site.command, "fuse", "mount", "--foreground", str(site.target)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         env=site.environment,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline().startswith(f"mounted / on {site.target}")
         assert os.listdir(site.target) == ["data"]
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
     assert mount_at(str(site.target)) is None
 
 

@@ -111,6 +111,17 @@ def test_the_watcher_leaves_a_living_mount_alone(make: MakeServer, folder: Path)
     assert (server.target / "file").stat().st_size == 100_000
 
 
+def test_a_killed_watcher_is_not_missed_at_the_end(make: MakeServer, folder: Path) -> None:
+    """A signal still unmounts, and the status is 0."""
+    server = make(folder)
+    watcher_pid, _ = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    assert b"watcher.py" in Path(f"/proc/{watcher_pid}/cmdline").read_bytes()
+    os.kill(int(watcher_pid), signal.SIGKILL)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert not server.is_mounted()
+
+
 def test_an_ordinary_umount_ends_the_process(make: MakeServer, folder: Path) -> None:
     """`umount` from outside is as good as a signal, and watcher and worker go too."""
     server = make(folder)
