@@ -9,8 +9,8 @@ ignored.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from orchestra.values import Entry
 
@@ -190,17 +190,10 @@ class Client(Protocol):
         """Return the bytes [start, stop) of the object, cut at its end."""
         ...
 
-    def read_many(
-        self,
-        paths: Sequence[str],
-        *,
-        at_once: int = READ_MANY_AT_ONCE,
-        use: Callable[[bytes], Any] | None = None,
-    ) -> Sequence[Any]:
+    def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
         """Return the whole contents of many (small) objects, up to `at_once` missing ones fetched at the same time.
 
-        With `use` return what that makes of each: it is called by this thread in the order of the paths, as soon as a
-        content and all before it are here. Raises the error of the first that fails, and what `use` raises.
+        Raises the error of the first that fails.
         """
         ...
 

@@ -11,7 +11,7 @@ import pwd
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.reader import LocalObject
@@ -120,15 +120,9 @@ class GuestClient(NodeClient):
         size = handle.entry.size_bytes
         return handle.read(start, max(0, (size if stop is None else min(stop, size)) - start))
 
-    def read_many(
-        self,
-        paths: Sequence[str],
-        *,
-        at_once: int = READ_MANY_AT_ONCE,
-        use: Callable[[bytes], Any] | None = None,
-    ) -> Sequence[Any]:
+    def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
         """See Client."""
-        return in_parallel(self.read_file, paths, use)
+        return in_parallel(self.read_file, paths)
 
     def cached_bytes(self, entry: Entry) -> int:
         """Return how many bytes of that version the daemon's disk holds."""

@@ -10,7 +10,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, TypeVar, cast
 
 from orchestra.client.memory import keep_freed_memory
 from orchestra.client.reading import RawFile, in_parallel
@@ -45,21 +45,16 @@ def open_binary(path: str | os.PathLike[str], config: str | None = None) -> Bina
     return cast("BinaryIO", io.BufferedReader(raw, _FILE_BUFFER_BYTES))
 
 
-def read_many(
-    paths: Sequence[str], config: str | None = None, use: Callable[[bytes], Any] | None = None
-) -> Sequence[Any]:
-    """Return the contents of many small files, in order, or what `use` makes of each; those that must be fetched are
-    fetched at the same time. `use` is called in the order of the paths if all lie in the namespace, or none.
+def read_many(paths: Sequence[str], config: str | None = None) -> list[bytes]:
+    """Return the contents of many small files, in order; those that must be fetched are fetched at the same time.
 
-    Raises NotFoundError and whatever else the client and `use` raise, for the first that fails.
+    Raises NotFoundError and whatever else the client raises, for the first that fails.
     """
     keep_freed_memory()
     inside = [namespace_path(path) for path in paths]
     named = [path for path in inside if path is not None]
-    if len(named) == len(paths):
-        return shared_client(config).read_many(named, use=use) if named else []
-    fetched = iter(shared_client(config).read_many(named, use=use) if named else ())
-    local = iter(_read_local([path for path, name in zip(paths, inside, strict=True) if name is None], use))
+    fetched = iter(shared_client(config).read_many(named) if named else ())
+    local = iter(_read_local([path for path, name in zip(paths, inside, strict=True) if name is None]))
     return [next(local) if name is None else next(fetched) for name in inside]
 
 
@@ -84,17 +79,15 @@ def list_folder(path: str | os.PathLike[str], config: str | None = None) -> tupl
     return sorted(folders), sorted(files)
 
 
-def _read_local(paths: Sequence[str], use: Callable[[bytes], Any] | None) -> list[Any]:
+def _read_local(paths: Sequence[str]) -> list[bytes]:
     clock = SystemClock()
-    results: list[Any] = []
+    contents: list[bytes] = []
     for first in range(0, len(paths), _LOOK_EVERY):
         began_ns = clock.now_ns()
-        contents = [_read_one(path) for path in paths[first : first + _LOOK_EVERY]]
-        is_far = clock.now_ns() - began_ns > _FAR_NS
-        results += contents if use is None else [use(data) for data in contents]
-        if is_far:
-            return results + in_parallel(_read_one, paths[first + _LOOK_EVERY :], use)
-    return results
+        contents += [_read_one(path) for path in paths[first : first + _LOOK_EVERY]]
+        if clock.now_ns() - began_ns > _FAR_NS:
+            return contents + in_parallel(_read_one, paths[first + _LOOK_EVERY :])
+    return contents
 
 
 def _read_one(path: str) -> bytes:

@@ -24,7 +24,7 @@ from orchestra.client.handle import NodeHandle
 from orchestra.client.many import read_many
 from orchestra.client.memory import keep_freed_memory
 from orchestra.client.process import start_daemon
-from orchestra.client.small import SmallReads, renewed
+from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
 from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire, range_to_wire
 from orchestra.clock import Clock, SystemClock, boot_id
@@ -235,15 +235,9 @@ class NodeClient:
         finally:
             handle.close()
 
-    def read_many(
-        self,
-        paths: Sequence[str],
-        *,
-        at_once: int = READ_MANY_AT_ONCE,
-        use: Callable[[bytes], Any] | None = None,
-    ) -> Sequence[Any]:
+    def read_many(self, paths: Sequence[str], *, at_once: int = READ_MANY_AT_ONCE) -> Sequence[bytes]:
         """See Client."""
-        return read_many(self, paths, at_once, renewed(self._small_reads, self._clock, _NAMESPACE_RECHECK_NS), use)
+        return read_many(self, paths, at_once, self._small_reads().read)
 
     def _small_reads(self) -> SmallReads:
         current = self._current()

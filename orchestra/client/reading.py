@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -148,17 +148,12 @@ def read_slice(handle: Handle, start: int | None, end: int | None) -> bytes:
     return handle.read(first, stop - first)
 
 
-def in_parallel(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], use: Callable[[_Result], Any] | None = None
-) -> list[Any]:
-    """Return the results in order, or what `use` makes of each, in this thread, while others are on their way; the
-    first error is raised, and what has not begun then is left undone."""
+def in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Return the results in order; the first error is raised, and what has not begun then is left undone."""
     if len(items) <= 1:
-        results: Iterable[_Result] = map(function, items)
-        return list(results) if use is None else [use(one) for one in results]
+        return [function(item) for item in items]
     executor = ThreadPoolExecutor(min(len(items), WAITS_AT_ONCE_MAX), thread_name_prefix="orchestra-read")
     try:
-        results = executor.map(function, items)
-        return list(results) if use is None else [use(one) for one in results]
+        return list(executor.map(function, items))
     finally:
         executor.shutdown(cancel_futures=True)

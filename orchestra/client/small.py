@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import read_small_file, read_small_into
-from orchestra.clock import Clock
 from orchestra.errors import OrchestraError
 from orchestra.metadata.reader import MetadataReader
 from orchestra.metadata.records import Record
@@ -24,22 +23,6 @@ from orchestra.namespace.mounts import MountTable
 from orchestra.namespace.paths import normalize_path
 from orchestra.namespace.published import PublishedMount
 from orchestra.values import Entry, EntryKind, ObjectId
-
-
-def renewed(make: Callable[[], SmallReads], clock: Clock, after_ns: int) -> Callable[[str], bytes | None]:
-    """Return the `read` of reads that are made anew when they are older than `after_ns`: what is done with one file may
-    take long, and the next is looked up as fresh as if it were the first."""
-    read = make().read
-    made_ns = clock.now_ns()
-
-    def read_renewed(path: str) -> bytes | None:
-        nonlocal read, made_ns
-        now_ns = clock.now_ns()
-        if now_ns - made_ns >= after_ns:
-            read, made_ns = make().read, now_ns
-        return read(path)
-
-    return read_renewed
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,11 +76,13 @@ class FileDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return the samples, read in one call. Raises NotFoundError, StoreError and what `transform` raises."""
-        samples = read_many([self._files.paths[index] for index in indices], self._config, self.transform)
+        contents: Sequence[Any] = read_many([self._files.paths[index] for index in indices], self._config)
+        if self.transform is not None:
+            contents = [self.transform(data) for data in contents]
         labels = self._files.labels
         if labels is None:
-            return list(samples)
-        return [(sample, labels[index]) for sample, index in zip(samples, indices, strict=True)]
+            return list(contents)
+        return [(sample, labels[index]) for sample, index in zip(contents, indices, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells this dataset from another: a checkpoint that holds it can be refused later."""

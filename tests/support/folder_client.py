@@ -11,9 +11,8 @@ import bisect
 import builtins
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from orchestra.errors import IsADirectoryPathError, NotADirectoryPathError, NotFoundError, StaleObjectError
 from orchestra.values import Entry, EntryKind, weak_version
@@ -234,10 +233,8 @@ class FolderClient:
         finally:
             handle.close()
 
-    def read_many(
-        self, paths: Sequence[str], *, at_once: int = 1, use: Callable[[bytes], Any] | None = None
-    ) -> builtins.list[Any]:
-        return [self.read_file(path) if use is None else use(self.read_file(path)) for path in paths]
+    def read_many(self, paths: Sequence[str], *, at_once: int = 1) -> builtins.list[bytes]:
+        return [self.read_file(path) for path in paths]
 
     def miss_stream(self) -> None:
         return None
