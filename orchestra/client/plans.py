@@ -68,6 +68,7 @@ class PlanPublisher:
         next one stays if this is what it was told before. Starts the daemon if it may."""
         self._sent = [sent for sent in self._sent if sent.epoch >= epoch]
         self._publish(epoch, samples, len(samples))
+        self._positions.close()  # what is outstanding says nothing of this epoch
         begins = {"plan": self.name, "epoch": epoch, "position": 0}
         if not self._request("POST", "/v1/plans/position", begins)["known"]:  # a daemon that was started since
             self.publish_again()

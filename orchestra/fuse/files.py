@@ -28,7 +28,14 @@ from orchestra.errors import IsADirectoryPathError, NotFoundError, StaleObjectEr
 from orchestra.fuse.channel import Channel, Message, Undo
 from orchestra.fuse.inodes import OPENED_CACHED, OPENED_PASSTHROUGH, Inode, InodeTable
 from orchestra.fuse.misses import Misses, Waiting
-from orchestra.fuse.options import HANDLES_MAX, PAGECACHE_HANDLES_MAX, READ_BYTES_MAX, Mode, MountOptions
+from orchestra.fuse.options import (
+    HANDLES_MAX,
+    OPEN_WORTH_BYTES,
+    PAGECACHE_HANDLES_MAX,
+    READ_BYTES_MAX,
+    Mode,
+    MountOptions,
+)
 from orchestra.fuse.protocol import (
     BACKING_CLOSE,
     BACKING_MAP,
@@ -40,9 +47,10 @@ from orchestra.fuse.protocol import (
     READ_IN,
     RELEASE_IN,
     OpenFlag,
+    error_reply,
     open_reply,
 )
-from orchestra.fuse.shared import LARGE_SEEN, OPENS_OVER
+from orchestra.fuse.shared import LARGE_BYTES, LARGE_OPEN, OPENS_OVER
 from orchestra.values import Entry
 
 log = logging.getLogger(__name__)
@@ -87,7 +95,8 @@ class Files:
         self._incoming = incoming
         self._on_stale = on_stale
         self._mode = options.mode
-        self._small_opens_left = options.small_opens_max
+        self._small_opens = 0
+        self._small_opens_max = options.small_opens_max
         self._passthrough_from = 1 if options.mode is Mode.PASSTHROUGH else max(1, options.passthrough_size_bytes)
         table.large_size_bytes = self._passthrough_from
         self.passthrough_allowed = False  # until INIT has said so
@@ -112,8 +121,8 @@ class Files:
         if inode.entry.is_directory:
             raise IsADirectoryPathError(f"{inode.entry.path} is a directory")
         if inode.entry.size_bytes < self._passthrough_from:  # never passed through, so there is nothing to count
-            self._small_opens_left -= 1
-            if self._small_opens_left < 0 and self._is_over():
+            self._small_opens += 1
+            if self._small_opens > self._small_opens_max and self._is_over():
                 self._channel.send_error(unique, errno.ENOSYS)
                 return
             self._channel.send(OPEN_REPLY.pack(OPEN_REPLY.size, 0, unique, _FH_SMALL, _CACHED, 0))
@@ -126,20 +135,24 @@ class Files:
         self._channel.send_or_undo(*answer)
 
     def _is_over(self) -> bool:
-        """Whether the kernel may stop to ask for OPENs: `auto`, and nobody has met a large file here, so that none is
-        open. There is no way back, so a large one that comes later is read through the page cache."""
+        """Whether the kernel may stop to ask for OPENs: `auto`, they cost more than passthrough saves, and no large
+        file is open, whose modes would be mixed. No way back: large files are read through the page cache then."""
         words = self._table.memory.words
         if words[OPENS_OVER]:
             return True
-        if self._mode is not Mode.AUTO or words[LARGE_SEEN]:
+        is_worth_it = self._small_opens * OPEN_WORTH_BYTES > words[LARGE_BYTES]
+        if self._mode is not Mode.AUTO or not is_worth_it or words[LARGE_OPEN]:
             return False
         with self._table.lock:
-            if words[LARGE_SEEN]:
+            if words[LARGE_OPEN]:
                 return False
             self._table.memory.put(OPENS_OVER, 1)
         log.info(
-            "only files under %d bytes so far: OPEN is not asked any more, and passthrough is over for this mount",
+            "%d files under %d bytes were opened, and larger ones of %d bytes met: OPEN is not asked any more, and "
+            "passthrough is over for this mount",
+            self._small_opens,
             self._passthrough_from,
+            words[LARGE_BYTES],
         )
         return True
 
@@ -156,7 +169,8 @@ class Files:
         try:
             backing_fd = handle.backing_fd()
             with self._table.lock:  # another OPEN of this inode may have decided meanwhile
-                if backing_fd is not None and not any(self._table.opens(inode)):
+                is_over = self._table.memory.words[OPENS_OVER]
+                if backing_fd is not None and not is_over and not any(self._table.opens(inode)):
                     self._table.set_backing(inode, self._register(backing_fd))
                 return self._opened_as_it_is(unique, inode)
         finally:
@@ -164,6 +178,8 @@ class Files:
 
     def _opened_as_it_is(self, unique: int, inode: Inode) -> tuple[Message, Undo]:
         """Count and answer an open in the mode the inode is in; the caller holds the lock."""
+        if self._table.memory.words[OPENS_OVER]:  # asked before the kernel heard of that
+            return error_reply(unique, errno.ENOSYS), lambda: None
         _, _, backing_id = self._table.opens(inode)
         fh, flags = (_FH_PASSTHROUGH, _PASSED) if backing_id else (_FH_CACHED, _CACHED)
         self._table.count_open(inode, fh, unique)

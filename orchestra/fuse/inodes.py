@@ -70,8 +70,7 @@ class InodeTable:
         self.is_alone = lock_path is None
         self.lock = SharedLock(self.memory, lock_path)
         self.root = Inode(ROOT_NODEID, root)
-        # A file of this size or more is noted in the memory when it is first met.
-        self.large_size_bytes = sys.maxsize
+        self.large_size_bytes = sys.maxsize  # the sizes of such files are added up, as often as they are met and opened
         self._words = self.memory.words
         self._by_nodeid: dict[int, Inode] = {}
         # The hot path's look-up: a bound method of a dict is a third of a method of ours.
@@ -192,8 +191,8 @@ class InodeTable:
 
     def _made(self, entry: Entry, path: bytes, hashed: int) -> Inode:
         version = entry.version.encode("utf-8", "surrogateescape")
-        if entry.size_bytes >= self.large_size_bytes and not self._words[shared.LARGE_SEEN]:
-            self.memory.put(shared.LARGE_SEEN, 1)
+        if entry.size_bytes >= self.large_size_bytes:
+            self.memory.put(shared.LARGE_BYTES, self._words[shared.LARGE_BYTES] + entry.size_bytes)
         shape = int(entry.kind) | len(path) << 16 | len(version) << 32
         record = self.memory.create_record(hashed, (entry.size_bytes, entry.mtime_ns, shape), path + version)
         inode = Inode(self._words[record + NUMBER], entry)
@@ -276,6 +275,10 @@ class InodeTable:
 
     def count_open(self, inode: Inode, kind: int, unique: int) -> None:
         """Count an open of that kind, asked by `unique`."""
+        # All opens together are counted apart, before this and after the release: a death in between, or what is undone
+        # after one, makes them too many and never too few.
+        self.memory.put(shared.LARGE_OPEN, self._words[shared.LARGE_OPEN] + 1)
+        self.memory.put(shared.LARGE_BYTES, self._words[shared.LARGE_BYTES] + inode.entry.size_bytes)
         at = _OPENS[kind]
         value = self._words[inode.record + at] + 1
         self.memory.change(inode.record, at, value, self._cell_of(unique), unique, inode.record | kind << 32)
@@ -287,6 +290,7 @@ class InodeTable:
         assert left >= 0, f"inode {inode.nodeid} was released more often than it was opened"
         note = 0 if is_undo else inode.record | RELEASED << 32
         self.memory.change(inode.record, at, left, self._cell_of(unique), 0 if is_undo else unique, note)
+        self.memory.put(shared.LARGE_OPEN, max(0, self._words[shared.LARGE_OPEN] - 1))
         return left
 
     # -- after a death ----------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ MEMORY_BYTES = 8 << 30
 _MAGIC = 0x6F72636866757331  # "orchfus1"
 
 # -- the header: word numbers ---------------------------------------------------------------------------------------
-MAGIC, NEXT, GENERATION, LIVE, INIT_FLAGS, LARGE_SEEN, OPENS_OVER, CHANGES_SEEN = range(8)
+MAGIC, NEXT, GENERATION, LIVE, INIT_FLAGS, LARGE_OPEN, OPENS_OVER, CHANGES_SEEN = range(8)
 REDO_KIND, REDO_RECORD, REDO_FIELD, REDO_VALUE, REDO_CELL, REDO_UNIQUE, REDO_NOTE = range(8, 15)
 REDO_NONE, REDO_ONE, REDO_BATCH = range(3)
+LARGE_BYTES = 15
 FREE = 16  # the first free record of each size class
 INCARNATION = 32  # one word a slot: how many workers have served it
 _HEADER_WORDS = 512

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _MARGIN_RATIO = 1 / 16
 # After a run that ended early (a full cache, a store that fails) a miss begins another one no sooner than this.
 _PAUSE_NS = 30_000_000_000
-# Misses in a row in one folder that make it turn there: of files read in random order, so many are hardly ever.
+# Files missed in a row in one folder that make it turn there: of files read in random order, so many are hardly ever.
 _TURN_MISSES = 8
 # Failures in a row after which a run ends: the store is down, and readers will hear of it.
 _FAILURES_IN_A_ROW_MAX = 50
@@ -78,35 +78,37 @@ class _Run:
         self.loader: Loader | None = None
         self.before = (0, 0, 0)  # files done and failed, and bytes done, by walks that came to their end
         self.done: set[str] = set()  # folders, none of them below another
-        self.missed = ""  # the folder around the last misses
-        self.misses = 0  # how many those are
+        self.start = ""  # the folder that is being walked
+        self.missed = ""  # the folder around the files that were missed last
+        self.missed_files: set[str] = set()  # those files
         self.turned_to: str | None = None  # where readers miss instead of where it loads
         self.ended_ns = 0
         self.failures_in_a_row = 0
 
-    def begin_walk(self) -> None:
+    def begin_walk(self, start: str) -> None:
         """What comes now is counted; what was counted before a turn will be walked over, and counted, again."""
         status = self.status
         if self.turned_to is None:
             self.before = (status.files_done, status.files_failed, self.bytes_done)
         status.files_done, status.files_failed, _ = self.before
         self.turned_to = self.loader = None
+        self.start = start
 
-    def note_miss(self, folder: str) -> None:
-        """A reader missed a file in `folder`."""
-        self.missed = self.missed if self.misses else folder
-        self.misses += 1
+    def note_miss(self, folder: str, digest: str) -> None:
+        """A reader missed a file in `folder`. If the last ones were all elsewhere, end the walk so as to turn there."""
+        if self.turned_to is not None or digest in self.missed_files:
+            return
+        self.missed = self.missed if self.missed_files else folder
+        self.missed_files.add(digest)
         while not is_at_or_below(folder, self.missed):
             self.missed = parent_and_name(self.missed)[0]
-
-    def elsewhere(self, start: str) -> str | None:
-        """Return the folder to turn to from `start`: where all of the last misses were, unless that was done."""
-        if self.misses < _TURN_MISSES:
-            return None
-        self.misses = 0
-        if is_at_or_below(start, self.missed) or any(is_at_or_below(self.missed, one) for one in self.done):
-            return None
-        return self.missed
+        if len(self.missed_files) < _TURN_MISSES:
+            return
+        self.missed_files.clear()
+        is_done = any(is_at_or_below(self.missed, one) for one in self.done)
+        if not is_done and not is_at_or_below(self.start, self.missed) and self.loader is not None:
+            self.turned_to = self.missed
+            self.loader.end_early()
 
     def has_done(self, start: str) -> None:
         """All below `start` was looked at."""
@@ -177,7 +179,7 @@ class DatasetPrefetch:
         run = self._runs.get(mount.path)
         folder = parent_and_name(join(mount.path, access.wanted.info.key))[0]
         if run is not None and run.task is not None:
-            run.note_miss(folder)
+            run.note_miss(folder, access.digest)
             return
         if run is not None and not self._may_begin_again(run, mount):
             return
@@ -219,7 +221,7 @@ class DatasetPrefetch:
             log.info("dataset prefetch of %s: %s, %d files", status.mount, status.state, status.files_done)
 
     async def _load_below(self, run: _Run, start: str) -> bool:
-        run.begin_walk()
+        run.begin_walk(start)
         loader = run.loader = Loader(
             self._engine,
             self._geometry,
@@ -237,8 +239,8 @@ class DatasetPrefetch:
         return self._room_bytes() - loader.bytes_in_flight - size_bytes >= self._limits.margin_bytes
 
     async def _pages(self, run: _Run, start: str) -> AsyncGenerator[Page, None]:
-        """The files below `start` that were not looked at yet, until readers miss elsewhere, the mount is changed, or
-        its store fails and fails."""
+        """The files below `start` that were not looked at yet, until the mount is changed or its store fails and
+        fails."""
         async with aclosing(walk(self._engine, start, without=run.done)) as pages:
             async for page in pages:
                 if self._engine.mounts.get(run.mount.path) is not run.mount:
@@ -246,9 +248,6 @@ class DatasetPrefetch:
                     return
                 if run.failures_in_a_row >= _FAILURES_IN_A_ROW_MAX:
                     run.status.state = "failed"
-                    return
-                run.turned_to = run.elsewhere(start)
-                if run.turned_to is not None:
                     return
                 yield self._of_mount(page, run.mount)
 

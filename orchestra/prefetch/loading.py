@@ -103,6 +103,7 @@ class Loader:
         self._answers: list[tuple[int, int]] = []  # nanoseconds and bytes of what was fetched since it was asked for
         self._clock = clock
         self.is_full = False
+        self._is_ending = False
 
     async def run(self, pages: AsyncGenerator[Page, None]) -> bool:
         """Load all files of `pages`; False if the cache was full before the end. Raises what `pages` raises.
@@ -113,8 +114,9 @@ class Loader:
         try:
             async with aclosing(pages), asyncio.TaskGroup() as self._tasks:
                 async for page in pages:
-                    await self._take(page)
-                    if self.is_full:
+                    if not self._is_ending:
+                        await self._take(page)
+                    if self.is_full or self._is_ending:
                         break
                 while self._waiting and not self.is_full:  # with a limit of nothing no task is there to wait for
                     self._is_low.clear()
@@ -124,6 +126,12 @@ class Loader:
         finally:
             self._tasks = None
         return not self.is_full
+
+    def end_early(self) -> None:
+        """Begin no more pieces: `run` returns when those under way have ended."""
+        self._is_ending = True
+        self._waiting.clear()
+        self._is_low.set()
 
     def set_limit(self, limit: int) -> None:
         """Have so many pieces in flight from now on; those under way end by themselves."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +33,20 @@ def servers(tmp_path: Path) -> Iterator[MakeServer]:
             return server
 
         yield make
+
+
+@contextmanager
+def device_for_everybody() -> Iterator[None]:
+    """Let every user open /dev/fuse in the block, as udev has it; one test at a time, as each puts the mode back."""
+    lock_path = Path(tempfile.gettempdir(), f"orchestra-tests-device-{os.geteuid()}.lock")
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        mode = os.stat("/dev/fuse").st_mode
+        os.chmod("/dev/fuse", 0o666)
+        try:
+            yield
+        finally:
+            os.chmod("/dev/fuse", mode)
 
 
 def read_count(server: Server) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from orchestra.fuse.mount import mount_at, unmount
-from tests.support.fuse_mounts import needs_fuse
+from tests.support.fuse_mounts import device_for_everybody, needs_fuse
 from tests.support.node import DaemonNode, folder_daemon_node
 from tests.support.other_user import NOBODY, python_as_nobody
 from tests.support.ram import ram_folder
@@ -59,21 +59,18 @@ def guest(root: Path) -> Iterator[Guest]:
     """A node of root's that nobody may read, and a device that everybody may open (as udev makes it)."""
     if shutil.which("fusermount3") is None:
         pytest.skip("mounting without root needs fusermount3")
-    mode = os.stat("/dev/fuse").st_mode
-    with folder_daemon_node(root, daemon={"readers": ["nobody"]}) as (node, store):
+    with folder_daemon_node(root, daemon={"readers": ["nobody"]}) as (node, store), device_for_everybody():
         (store / "dir").mkdir()
         (store / "dir" / "a.txt").write_bytes(b"hello\n")
         (store / "large.bin").write_bytes(LARGE)
         store.chmod(0o700)
         node.start()
-        os.chmod("/dev/fuse", 0o666)
         guest = Guest(root, node)
         try:
             yield guest
         finally:
             while mount_at(str(guest.target)) is not None:
                 unmount(str(guest.target), lazy=True)
-            os.chmod("/dev/fuse", mode)
 
 
 _LOOK = """

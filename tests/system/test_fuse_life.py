@@ -19,7 +19,7 @@ import orchestra
 from orchestra.errors import MountError
 from orchestra.fuse import mount, watcher
 from orchestra.fuse.options import MountOptions
-from tests.support.fuse_mounts import MakeServer, needs_fuse, servers
+from tests.support.fuse_mounts import MakeServer, device_for_everybody, needs_fuse, servers
 from tests.support.fuse_server import Server
 
 pytestmark = [pytest.mark.system, needs_fuse]
@@ -253,16 +253,14 @@ def nobodys(tmp_path: Path) -> Iterator[Path]:
     """A folder of nobody's with `store` and `mnt`, and a device that everybody may open (as udev makes it)."""
     if shutil.which("fusermount3") is None:
         pytest.skip("mounting without root needs fusermount3")
-    mode = os.stat("/dev/fuse").st_mode
-    os.chmod("/dev/fuse", 0o666)
     folder = Path(tempfile.mkdtemp(prefix="orchestra-nobody-"))
     for name in ("store", "mnt"):
         (folder / name).mkdir()
         os.chown(folder / name, _NOBODY, _NOBODY)
     (folder / "store" / "file").write_bytes(b"y" * 2_000_000)
     folder.chmod(0o755)
-    yield folder
-    os.chmod("/dev/fuse", mode)
+    with device_for_everybody():
+        yield folder
     shutil.rmtree(folder)
 
 

@@ -10,6 +10,7 @@ from random import Random
 
 import pytest
 
+from orchestra.fuse.options import OPEN_WORTH_BYTES
 from orchestra.units import MIB
 from tests.support.fuse_mounts import MakeServer, needs_fuse, read_count, servers
 from tests.support.fuse_server import Server
@@ -97,7 +98,7 @@ def test_a_mount_of_small_files_stops_being_asked_for_opens(make: MakeServer, fo
 
 
 def test_a_mount_that_has_met_a_large_file_keeps_passthrough(make: MakeServer, folder: Path) -> None:
-    """One look at a large file is enough, and the kernel is asked for every OPEN as before."""
+    """One look at a large file is enough while the small ones are few, and the kernel is asked for every OPEN."""
     server = make(folder, small_opens_max=5)
     os.stat(server.target / "large")
     for index in range(20):
@@ -105,6 +106,27 @@ def test_a_mount_that_has_met_a_large_file_keeps_passthrough(make: MakeServer, f
     assert _read(server, "large") == (folder / "large").read_bytes()
     counters = server.counters()
     assert (counters["OPEN"], counters["backing_opened"]) == (21, 1)
+
+
+def test_a_large_file_among_many_small_ones_does_not_keep_the_opens(make: MakeServer, folder: Path) -> None:
+    """What was opened weighs against what could pass through; and while a large file is open, nothing changes."""
+    server = make(folder, small_opens_max=5)
+    expected = (folder / "large").read_bytes()
+    large = os.open(server.target / "large", os.O_RDONLY)
+    enough = 2 * len(expected) // OPEN_WORTH_BYTES + 20  # it was met, and opened
+    for index in range(enough):
+        _read(server, f"small{index % 20}")
+    assert os.pread(large, len(expected), 0) == expected
+    assert server.counters()["OPEN"] == enough + 1
+    os.close(large)
+    _wait_for(server, "backing_closed", 1)
+    for _ in range(2):
+        for index in range(20):
+            assert _read(server, f"small{index}") == (folder / f"small{index}").read_bytes()
+    assert server.counters()["OPEN"] == enough + 2
+    assert _read(server, "large") == expected
+    counters = server.counters()
+    assert (counters["OPEN"], counters["backing_opened"]) == (enough + 2, 1)
 
 
 def test_in_pagecache_mode_a_warm_pass_sends_nothing_at_all(make: MakeServer, folder: Path) -> None:

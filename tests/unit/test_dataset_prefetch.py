@@ -38,11 +38,17 @@ def store() -> VersionedStore:
 
 
 class _HeldBack(VersionedStore):
-    """Answers reads of what was not read by hand when it may."""
+    """Two data sets: four hundred small files, which are answered when they may (but for the first); and forty, with a
+    large one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.may_go = asyncio.Event()
+        for index in range(400):
+            self.put(f"first/{index:04d}", b"1")
+        for index in range(40):
+            self.put(f"second/{index:04d}", b"2")
+        self.put("second/large", data_of("large", 20 * BLOCK))
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> bytes:
         if info.key.startswith("first/") and info.key != "first/0000":
@@ -100,12 +106,8 @@ def test_it_goes_outwards_from_what_is_read(tmp_path: Path) -> None:
 
 
 def test_it_turns_to_where_readers_miss(tmp_path: Path) -> None:
-    """Misses in one other folder have it go on there before what it had begun; each file is counted once."""
+    """Misses of files in one other folder have it go on there before what it had begun; each file is counted once."""
     store = _HeldBack()
-    for index in range(1600):
-        store.put(f"first/{index:04d}", b"1")
-    for index in range(40):
-        store.put(f"second/{index:04d}", b"2")
     with thread_node(tmp_path, store, prefetch="dataset") as node:
         client = node.client()
         client.read_file("/data/first/0000")
@@ -114,9 +116,26 @@ def test_it_turns_to_where_readers_miss(tmp_path: Path) -> None:
         node.loop.call_soon_threadsafe(store.may_go.set)
         (status,) = node.run(_ended(node))
     keys = [key for key, _, _ in store.reads]
-    assert max(keys.index(f"second/{index:04d}") for index in range(40)) < keys.index("first/1599")
-    assert (status["state"], status["files_done"]) == ("complete", 1640)
+    assert max(keys.index(f"second/{index:04d}") for index in range(40)) < keys.index("first/0399")
+    assert (status["state"], status["files_done"]) == ("complete", 441)
     assert len(keys) == len(set(keys))
+
+
+def test_one_file_that_is_read_elsewhere_does_not_make_it_turn(tmp_path: Path) -> None:
+    """Its blocks are many misses of one file."""
+    store = _HeldBack()
+    with thread_node(tmp_path, store, prefetch="dataset") as node:
+        client = node.client()
+        client.read_file("/data/first/0000")
+        handle = client.open("/data/second/large")
+        for block in range(20):
+            assert len(handle.read(block * BLOCK, BLOCK)) == BLOCK
+        handle.close()
+        node.loop.call_soon_threadsafe(store.may_go.set)
+        (status,) = node.run(_ended(node))
+    keys = [key for key, _, _ in store.reads]
+    assert keys.index("first/0399") < keys.index("second/0000")
+    assert (status["state"], status["files_done"]) == ("complete", 441)
 
 
 def test_looking_at_names_loads_nothing(tmp_path: Path, store: VersionedStore) -> None:
