@@ -13,6 +13,7 @@ OrchestraError
  |   |- StoreUnavailableError   worth a retry: connection, timeout, 5xx, short body, throttling
  |- CacheDirectoryError    the cache directory cannot be used (owner, mode, lock, foreign content, another version)
  |- DaemonUnavailableError no daemon answers and none could be started
+ |- LedElsewhereError      another node of the cluster leads that job now
  |- MountError             a FUSE mount could not be made or removed
 
 An error's text is one sentence for a person: what failed, on what, why, what to do. Errors survive pickling (DataLoader
@@ -158,6 +159,13 @@ class DaemonUnavailableError(OrchestraError, ConnectionError):
     errno_code = errno.EIO
 
 
+class LedElsewhereError(OrchestraError):
+    """Another node of the cluster has taken that job over: who led it before is to leave it alone."""
+
+    code = "led_elsewhere"
+    errno_code = errno.EBUSY
+
+
 class MountError(OrchestraError, OSError):
     """A folder could not be mounted or unmounted."""
 
@@ -209,6 +217,7 @@ _HTTP_STATUS = {
     "read_only": 403,
     "access_denied": 403,
     "proof": 401,
+    "led_elsewhere": 409,
     "stale_object": 412,
     "store_unavailable": 503,
 }

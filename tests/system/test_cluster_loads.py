@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from orchestra.cli.main import main
+from orchestra.cluster.etcd_gateway import EtcdGateway
+from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
+from orchestra.daemon.nodes.jobs import PREFIX
 from orchestra.units import KIB
 from tests.support.clusters import Cluster, cluster_of, wait_until
 from tests.support.counting_store import CountingServer, counting_server
-from tests.support.members import etcd_server
+from tests.support.members import EtcdServer, etcd_server
 from tests.support.node import DaemonNode
 
 pytestmark = pytest.mark.system
@@ -210,12 +214,51 @@ def test_etcd_tells_of_a_job_whose_node_is_gone(tmp_path: Path, capsys: pytest.C
         assert "SUCCEEDED" in capsys.readouterr().out
 
 
+def test_rows_of_etcd_that_are_no_jobs_harm_nobody_and_an_unfinished_takeover_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever somebody wrote below the prefix: the daemon lives, touches no other file and leads loads. A row that
+    names this node, of a job that it does not know (its takeover was written, and the answer was lost), is gone on
+    with after the five seconds that any takeover waits."""
+    (tmp_path / "etcd").mkdir()
+    with etcd_server(tmp_path / "etcd") as etcd, loading_cluster(tmp_path, 1, etcd=etcd.endpoint) as (cluster, _):
+        node = cluster.nodes[0]
+        mine = node.status()["cluster"]["node_id"]
+        lost = Job("7-abcdef", LoadSpec("/data"), 1.0, JobState.RUNNING, term=3).to_json()
+        outside = str(tmp_path / "outside")
+        rows = [
+            {**lost, "leader": mine},
+            {**lost, "id": "8-abcdef", "leader": []},
+            {**lost, "id": "9-abcdef", "leader": mine, "files_total": float("inf")},
+            {**lost, "id": f"{outside}-1", "leader": mine},
+            {**lost, "id": f"{outside}-2", "leader": "gone"},
+        ]
+        asyncio.run(_write(etcd, rows))
+        wait_until(lambda: "7-abcdef" in [one["id"] for one in node.client().daemon_request("GET", "/v1/jobs")["jobs"]])
+        assert_all_is_loaded(node, "7-abcdef", capsys)
+        assert orchestra(node, "job", "ls", "--json") == 0
+        assert [(one["id"], one["term"]) for one in json.loads(capsys.readouterr().out)] == [("7-abcdef", 4)]
+        assert not list(tmp_path.glob("outside*"))
+        assert load(node, capsys)[0] == 0
+
+
+async def _write(etcd: EtcdServer, rows: Sequence[dict[str, object]]) -> None:
+    """Write these rows of jobs, as a stranger may."""
+    gateway = EtcdGateway([etcd.endpoint], timeout_s=5.0)
+    try:
+        for row in rows:
+            await gateway.put_if_unchanged(PREFIX + str(row["id"]).encode(), json.dumps(row).encode(), "0", 0)
+    finally:
+        await gateway.close()
+
+
 def test_a_load_whose_leader_stays_away_goes_on_at_another_node(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With etcd, kill -9 of the node that leads a load: when its lease has ended (10 s, hence a long test) another node
     leads the job under its id and ends it. What the living nodes fetch is fetched once; only what the dead one had
-    under way comes again. The leader that comes back finds that the job is not its own any more."""
+    under way comes again. The leader that comes back finds that the job is not its own any more, and its next one has
+    another id."""
     (tmp_path / "etcd").mkdir()
     with etcd_server(tmp_path / "etcd") as etcd, loading_cluster(tmp_path, 3, etcd=etcd.endpoint) as (cluster, store):
         store.hold()
@@ -240,3 +283,7 @@ def test_a_load_whose_leader_stays_away_goes_on_at_another_node(
             capsys.readouterr()
             assert orchestra(node, "job", "ls", "--json") == 0
             assert [(one["id"], one["state"]) for one in json.loads(capsys.readouterr().out)] == [(job_id, "SUCCEEDED")]
+        assert orchestra(leader, "load", "/data/small", "--wait", "--json") == 0
+        job = json.loads(capsys.readouterr().out)
+        assert job["id"] != job_id, "the old one is in use at another node"
+        assert (job["path"], job["files_done"], job["term"]) == ("/data/small", 60, 0)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from orchestra.daemon.jobs.job import Job, LoadSpec, job_from_json
+from orchestra.cluster.records import NodeRecord
+from orchestra.cluster.ring import RingNode, ring_of
+from orchestra.daemon.jobs.job import Job, JobState, LoadSpec, job_from_json
+from orchestra.daemon.jobs.journal import Journal
 from orchestra.daemon.jobs.parts import PartRunner
-from orchestra.errors import NotFoundError, UsageError
+from orchestra.daemon.nodes.loads import LeadLoads
+from orchestra.errors import LedElsewhereError, NotFoundError, UsageError
 from tests.support.cache import data_of
 from tests.support.node import ThreadNode, thread_node
 from tests.support.versioned_store import VersionedStore
@@ -34,7 +40,7 @@ def test_a_leader_that_lost_its_job_gives_no_orders(tmp_path: Path) -> None:
         parts = node.run(_made(node, tmp_path / "parts"))
         try:
             assert node.run(parts.answer("start", start(1))) == {}
-            with pytest.raises(UsageError, match="is led by another node now"):
+            with pytest.raises(LedElsewhereError, match="is led by another node now"):
                 node.run(parts.answer("start", start(0)))
             for action in ("status", "release", "stop", "failures"):
                 with pytest.raises(NotFoundError, match="knows of no part"):
@@ -49,6 +55,64 @@ def test_a_leader_that_lost_its_job_gives_no_orders(tmp_path: Path) -> None:
             node.run(parts.close())
 
 
+async def _start_both(parts: PartRunner, first: int, second: int) -> tuple[list[Any], int]:
+    """Start a part in two terms at once; return both answers, and how many parts run."""
+    answers = await asyncio.gather(
+        *(parts.answer("start", start(term)) for term in (first, second)), return_exceptions=True
+    )
+    return answers, sum(task.get_name() == f"part of job {JOB}" for task in asyncio.all_tasks())
+
+
+def test_of_two_leaders_that_ask_at_once_the_later_one_is_obeyed(tmp_path: Path) -> None:
+    """The old leader asks while the part that it had here is being stopped for the new one: it is refused, and one
+    part runs, which the new one can stop."""
+    store = VersionedStore()
+    store.put("file", data_of("file", 5000))
+    with thread_node(tmp_path, store) as node:
+        parts = node.run(_made(node, tmp_path / "parts"))
+        try:
+            assert node.run(parts.answer("start", start(0))) == {}
+            (new, old), running = node.run(_start_both(parts, 2, 1))
+            assert new == {}
+            assert isinstance(old, LedElsewhereError)
+            assert running == 1
+            assert node.run(parts.answer("stop", {"job": JOB, "term": 2})) == {}
+            assert not parts.is_busy
+        finally:
+            node.run(parts.close())
+
+
+async def _lead(node: ThreadNode, parts: PartRunner, job: Job) -> Job:
+    """Lead a load of all nodes, of which this is the only one, to its end here."""
+    cluster: Any = SimpleNamespace(
+        node_id="a", members=[NodeRecord("a", "127.0.0.1:1", 1)], ring=ring_of(0, [RingNode("a", 1)])
+    )
+    calls: Any = None
+    await LeadLoads(cluster, calls, parts, node.node.jobs.tools).run(job, lambda changed: None).run()
+    return job
+
+
+def test_a_leader_that_lost_its_job_does_not_end_it(tmp_path: Path) -> None:
+    """It is refused by a node that the new leader has asked, and the job stays as it was until this node forgets it;
+    without a new leader it succeeds."""
+    store = VersionedStore()
+    store.put("file", data_of("file", 5000))
+    with thread_node(tmp_path, store) as node:
+        parts = node.run(_made(node, tmp_path / "parts"))
+        try:
+            assert node.run(parts.answer("start", start(1))) == {}
+            job = node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0)))
+            assert (job.state, job.message) == (JobState.CREATED, "")
+            assert node.run(parts.answer("status", {"job": JOB, "term": 1}))["state"] in ("CREATED", "RUNNING")
+            assert node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0, term=1))).state is JobState.SUCCEEDED
+        finally:
+            node.run(parts.close())
+
+
+async def _submit(node: ThreadNode) -> Job:
+    return node.node.jobs.submit(LoadSpec("/data"))
+
+
 async def _adopt(node: ThreadNode, job: Job) -> None:
     node.node.jobs.adopt(job)
 
@@ -60,7 +124,8 @@ async def _over(node: ThreadNode, job_id: str) -> Job:
 
 
 def test_a_job_of_another_node_goes_on_under_its_id_and_is_given_up_without_a_trace(tmp_path: Path) -> None:
-    """It is kept on disk as own jobs are, with its term; given up, it is gone there, and what it loaded stays."""
+    """It is kept on disk as own jobs are, with its term; given up, it is gone there, and what it loaded stays. Its
+    number is not used again, nor one that is in use elsewhere."""
     store = VersionedStore()
     store.put("file", data_of("file", 5000))
     told = {**Job(JOB, LoadSpec("/data"), 1.0, term=3).to_json(), "leader": "b"}
@@ -74,3 +139,15 @@ def test_a_job_of_another_node_goes_on_under_its_id_and_is_given_up_without_a_tr
         assert jobs.tools.journal.load() == []
         client = node.client()
         assert client.cached_bytes(client.stat("/data/file")) == 5000
+        jobs.is_taken = lambda job_id: job_id == "2"
+        assert node.run(_submit(node)).job_id == "3"
+
+
+@pytest.mark.parametrize("job_id", ["../../x", "/etc/x", "1-abcdef/../../x", "x", ""])
+def test_what_is_no_id_becomes_no_file(tmp_path: Path, job_id: str) -> None:
+    """Nothing is written for it, wherever it came from."""
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    with pytest.raises(UsageError, match="not the id of a job"):
+        Journal(folder).save(Job(job_id, LoadSpec("/data"), 1.0))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

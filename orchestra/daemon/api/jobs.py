@@ -58,6 +58,8 @@ async def start_load(request: web.Request) -> web.Response:
     if spec.replicas and request.app[NODE].nodes is None:
         raise UsageError("replicas: this machine stands alone; more than one copy needs a table [cluster]")
     control = request.app[NODE].nodes
+    if control is not None:
+        await control.jobs.wait_listed()
     if typed(body, "retry", bool, False):
         if control is not None:
             own_s = jobs.last_of(spec.path).created_s if jobs.has_path(spec.path) else 0.0

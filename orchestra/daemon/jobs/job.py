@@ -6,6 +6,7 @@ Owns: states, counts, and the two forms in JSON (what is kept on disk, what is t
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,14 @@ from orchestra.units import format_size
 FAILURES_SHOWN_MAX = 100
 # The rate shown is that of the last five seconds: steady enough to read, and it shows a stall.
 _RATE_WINDOW_NS = 5_000_000_000
+# A number; in a cluster a few letters follow that tell the node that led it first.
+JOB_ID = r"([1-9][0-9]{0,17})(-[0-9a-f]{6})?"
+_JOB_ID = re.compile(JOB_ID, re.ASCII)
+
+
+def is_job_id(text: str) -> bool:
+    """Whether `text` can be the id of a job: nothing else may become part of a file's name."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 class JobState(Enum):

@@ -3,6 +3,7 @@
     jobs/12.json       what was asked for, and the state; replaced whole, synced
     jobs/12.failed     a JSON line for each file that could not be loaded: {"path", "message"}
     jobs/12.paths      the list that was given, copied: a path a line
+    jobs/12.gone       empty: another node leads the job now, and its number is not to be used again
 
 Owns: those files. Leaves to others: what is in them (job). How far a job is stands nowhere: the cache itself says it.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from orchestra.daemon.jobs.job import Job, job_from_json
+from orchestra.daemon.jobs.job import JOB_ID, Job, is_job_id, job_from_json
 from orchestra.errors import OrchestraError, UsageError
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,7 @@ log = logging.getLogger(__name__)
 _FINISHED_JOBS_MAX = 100
 # Failures kept of one job: 20 MB of lines. With more, the store is what has to be mended, and a second load finds them.
 FAILURES_KEPT_MAX = 100_000
-# In a cluster a few letters follow that tell the node.
-_JOB_FILE = re.compile(r"([1-9][0-9]{0,8})(-[0-9a-f]{6})?\.json", re.ASCII)
+_JOB_FILE = re.compile(rf"{JOB_ID}\.(json|gone)", re.ASCII)
 
 
 class Journal:
@@ -40,11 +40,8 @@ class Journal:
 
     def load(self) -> list[Job]:
         """Return all jobs, oldest first. A file that is none is said in the log and left alone."""
-        found = sorted(
-            (int(match[1]), path) for path in self._folder.iterdir() if (match := _JOB_FILE.fullmatch(path.name))
-        )
         jobs = []
-        for _, path in found:
+        for _, path in sorted(self._numbered("json")):
             try:
                 jobs.append(job_from_json(json.loads(path.read_bytes())))
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -52,9 +49,14 @@ class Journal:
         return jobs
 
     def next_id(self) -> str:
-        """Return a number that no job has, nor any file that looks like one's."""
-        taken = (int(match[1]) for path in self._folder.iterdir() if (match := _JOB_FILE.fullmatch(path.name)))
-        return str(max(taken, default=0) + 1)
+        """Return a number that no job has, nor any file that looks like one's, nor one that another node leads now."""
+        return str(max((number for number, _ in self._numbered("json", "gone")), default=0) + 1)
+
+    def _numbered(self, *kinds: str) -> Iterator[tuple[int, Path]]:
+        for path in self._folder.iterdir():
+            match = _JOB_FILE.fullmatch(path.name)
+            if match is not None and match[3] in kinds:
+                yield int(match[1]), path
 
     def save(self, job: Job) -> None:
         """Write the job, synced, in one step. A disk that has no room for it is said in the log: the job goes on."""
@@ -80,9 +82,26 @@ class Journal:
         return removed
 
     def forget(self, job: Job) -> None:
-        """Remove what is kept of a job."""
+        """Remove what is kept of a job. What cannot be removed is said in the log."""
         for suffix in ("json", "failed", "paths"):
-            self._path(job.job_id, suffix).unlink(missing_ok=True)
+            self._unlink(self._path(job.job_id, suffix))
+
+    def give_up(self, job: Job) -> None:
+        """As `forget`, of a job that another node leads now: its id is in use as long as that one tells of it."""
+        mark = self._path(job.job_id, "gone")
+        try:
+            mark.touch(mode=0o600)
+        except OSError as error:
+            log.error("%s cannot be made: %s", mark, error.strerror)
+        self.forget(job)
+        for _, path in sorted(self._numbered("gone"))[:-1]:  # the last one is enough
+            self._unlink(path)
+
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.error("%s cannot be removed: %s", path, error.strerror)
 
     # -- failures --------------------------------------------------------------------------------------------------
 
@@ -127,6 +146,8 @@ class Journal:
             raise OrchestraError(f"{error.filename} is gone: start the load again") from error
 
     def _path(self, job_id: str, suffix: str) -> Path:
+        if not is_job_id(job_id):
+            raise UsageError(f"not the id of a job: {job_id[:100]!r}")
         return self._folder / f"{job_id}.{suffix}"
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from orchestra.cluster.ring import Ring, RingNode, ring_of
 from orchestra.config import MountConfig
-from orchestra.daemon.jobs.job import Fit, Job, JobState, spec_from_json
+from orchestra.daemon.jobs.job import Fit, Job, JobState, is_job_id, spec_from_json
 from orchestra.daemon.jobs.journal import Journal
 from orchestra.daemon.jobs.load import LoadRun, LoadTools
 from orchestra.daemon.jobs.share import Share
-from orchestra.errors import NotFoundError, OrchestraError, UsageError
+from orchestra.errors import LedElsewhereError, NotFoundError, OrchestraError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class PartRunner:
         self._node_id = node_id
         self._replicas_of = replicas_of
         self._parts: OrderedDict[str, _Part] = OrderedDict()
+        self._starting = asyncio.Lock()
 
     @property
     def is_busy(self) -> bool:
@@ -65,12 +66,13 @@ class PartRunner:
 
     async def answer(self, action: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Do what the leader of a load asks for. Raises UsageError, NotFoundError for a part that is not known (any
-        more)."""
+        more), LedElsewhereError for one that another node has started since."""
         job_id = body.get("job")
-        if not isinstance(job_id, str) or not _is_job_id(job_id):
+        if not isinstance(job_id, str) or not is_job_id(job_id):
             raise UsageError("job: expected the id of a job")
         if action == "start":
-            await self._start(job_id, body)
+            async with self._starting:  # what is there is looked at, stopped and replaced as one
+                await self._start(job_id, body)
             return {}
         part = self._parts.get(job_id)
         if part is None or part.term != _term_of(body):
@@ -91,7 +93,7 @@ class PartRunner:
 
     async def close(self) -> None:
         """Stop all parts."""
-        for part in self._parts.values():
+        for part in list(self._parts.values()):
             await self._stop(part)
 
     async def _start(self, job_id: str, body: Mapping[str, Any]) -> None:
@@ -102,10 +104,10 @@ class PartRunner:
         ring = _ring_of(body.get("ring"))
         before, term = self._parts.get(job_id), _term_of(body)
         if before is not None and before.term > term:
-            raise UsageError(f"job {job_id} is led by another node now")
+            raise LedElsewhereError(f"job {job_id} is led by another node now")
         if before is not None:
-            del self._parts[job_id]
             await self._stop(before)
+            del self._parts[job_id]
         if spec.is_listed:
             self._keep_list(job_id, body.get("paths"))
         part = _Part(Job(job_id, spec, self._tools.clock.wall_s()), term)
@@ -174,11 +176,6 @@ def _term_of(body: Mapping[str, Any]) -> int:
     if not isinstance(term, int) or term < 0:
         raise UsageError("term: expected a number")
     return term
-
-
-def _is_job_id(text: str) -> bool:
-    """Nothing else may become part of a file's name."""
-    return 1 <= len(text) <= 40 and text.isascii() and text.replace("-", "").isalnum()
 
 
 def _ring_of(nodes: object) -> Ring:

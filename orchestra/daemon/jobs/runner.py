@@ -41,6 +41,8 @@ class JobRunner:
         self.tools = self._tools = tools
         self._make_run: RunMaker = lambda job, changed: LoadRun(job, tools, changed)
         self._id_suffix = ""
+        # Whether a job has that id of which this node knows nothing (any more).
+        self.is_taken: Callable[[str], bool] = lambda job_id: False
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(_RUNNING_MAX)
@@ -78,7 +80,7 @@ class JobRunner:
             for job in self._jobs.values():
                 if not job.state.is_over and job.spec.path == spec.path and not job.spec.is_listed:
                     return job
-        job = Job(self._tools.journal.next_id() + self._id_suffix, spec, self._tools.clock.wall_s())
+        job = Job(self._new_id(), spec, self._tools.clock.wall_s())
         if spec.is_listed:
             self._tools.journal.keep_list(job.job_id, list_file)
         self._jobs[job.job_id] = job
@@ -87,6 +89,12 @@ class JobRunner:
         for old in self._tools.journal.forget_old(list(self._jobs.values())):
             del self._jobs[old.job_id]
         return job
+
+    def _new_id(self) -> str:
+        number = int(self._tools.journal.next_id())
+        while self.is_taken(f"{number}{self._id_suffix}"):
+            number += 1
+        return f"{number}{self._id_suffix}"
 
     def last_of(self, path: str) -> Job:
         """Return the newest load of `path`. Raises NotFoundError."""
@@ -156,7 +164,7 @@ class JobRunner:
             await asyncio.wait([task])
         job = self._jobs.pop(job_id, None)
         if job is not None:
-            self._tools.journal.forget(job)
+            self._tools.journal.give_up(job)
 
     async def close(self) -> None:
         """End all tasks; on disk the jobs stay as they are, and the next daemon goes on with them."""

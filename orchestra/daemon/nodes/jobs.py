@@ -1,7 +1,7 @@
 """The jobs of all nodes, seen from any of them; where there is an etcd, also those whose node does not answer.
 
 Owns: finding the node that leads a job, passing questions on, what of a job is written to etcd, taking over a job whose
-node stays away. Leaves to others: jobs (jobs.runner), following etcd (etcd_table).
+node stays away. Leaves to others: jobs (jobs.runner), following etcd (etcd_table), reading its rows (job_rows).
 
 A job is changed by the node that leads it alone, whose name is in its row below /orchestra/v1/jobs/. When that node has
 left the cluster, the first node that the ring gives for the job writes its own name there, on the condition that the
@@ -22,12 +22,13 @@ from urllib.parse import quote
 import xxhash
 
 from orchestra.cluster.etcd_gateway import EtcdUnreachableError
-from orchestra.cluster.etcd_table import EtcdTable
+from orchestra.cluster.etcd_table import EtcdTable, Row
 from orchestra.cluster.records import NodeRecord
 from orchestra.daemon.cluster import ClusterNode
 from orchestra.daemon.jobs.job import Job, JobState, job_from_json
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.nodes.calls import ASK_TIMEOUT_S, NodeCalls
+from orchestra.daemon.nodes.job_rows import JobRow, JobRows
 from orchestra.errors import DaemonUnavailableError, NotFoundError, OrchestraError
 
 ROUTE = "/v1/node/jobs"
@@ -60,9 +61,19 @@ class SharedJobs:
         self._jobs = jobs
         endpoints: Sequence[str] = cluster.config.endpoints
         self._is_listed = asyncio.Event()
-        self._table = EtcdTable(endpoints, PREFIX, lambda rows: self._is_listed.set()) if endpoints else None
+        self._table = EtcdTable(endpoints, PREFIX, self._changed) if endpoints else None
+        self._rows = JobRows()
         self._away_since_ns: dict[str, int] = {}
         self._written: dict[str, bytes] = {}
+        jobs.is_taken = self._is_taken
+
+    def _changed(self, rows: Mapping[bytes, Row]) -> None:
+        self._rows.changed(rows)
+        self._is_listed.set()
+
+    def _is_taken(self, job_id: str) -> bool:
+        """Whether etcd has a job of that id, which may be one that this node led before it lost its cache."""
+        return self._table is not None and job_id.encode() in self._table.rows
 
     async def run(self) -> None:
         """Write this node's jobs to etcd and follow those of others, until cancelled; returns where there is none."""
@@ -79,7 +90,7 @@ class SharedJobs:
 
     async def all(self) -> list[dict[str, Any]]:
         """Return the jobs of all nodes, oldest first; of a node that does not answer what etcd has of them."""
-        found = {job["id"]: job for job in self._in_etcd()}
+        found = {job_id: row.to_json() for job_id, row in self._rows.by_id().items()}
         found |= {job["id"]: job for _, job in await self._of_others()}
         found |= {job.job_id: job.to_json() for job in self._jobs.all()}
         return sorted(found.values(), key=lambda job: (job["created_s"], job["id"]))
@@ -90,11 +101,11 @@ class SharedJobs:
         try:
             return await self._ask(job_id, "GET", f"?wait_s={wait_s}", wait_s)
         except DaemonUnavailableError:
-            for job in self._in_etcd():
-                if job["id"] == job_id:
-                    await asyncio.sleep(wait_s)
-                    return job
-            raise
+            row = self._rows.by_id().get(job_id)
+            if row is None:
+                raise
+            await asyncio.sleep(wait_s)
+            return row.to_json()
 
     async def running(self, path: str) -> dict[str, Any] | None:
         """Return the load of `path` that another node leads just now, None where there is none."""
@@ -128,13 +139,14 @@ class SharedJobs:
         return await self._ask(job_id, "POST", "/stop", 10.0)
 
     async def _ask(self, job_id: str, method: str, rest: str, wait_s: float) -> dict[str, Any]:
-        written = next((job.get("leader") for job in self._in_etcd() if job["id"] == job_id), None)
+        row = self._rows.by_id().get(job_id)
+        written = None if row is None else row.leader
         leaders = [
             node for node in self._others() if node.node_id == written or job_id.endswith(suffix_of(node.node_id))
         ]
         leaders.sort(key=lambda node: node.node_id != written)
         missing: OrchestraError = NotFoundError(f"there is no job {job_id!r} (see: orchestra job ls)")
-        if not leaders and any(job["id"] == job_id for job in self._in_etcd()):
+        if not leaders and row is not None:
             missing = DaemonUnavailableError(f"the node that leads job {job_id} is not in the cluster now")
         for node in leaders:
             route = f"{ROUTE}/{quote(job_id, safe='')}{rest}"
@@ -146,20 +158,6 @@ class SharedJobs:
 
     def _others(self) -> list[NodeRecord]:
         return [node for node in self._cluster.members if node.node_id != self._cluster.node_id]
-
-    def _in_etcd(self) -> list[dict[str, Any]]:
-        found = []
-        for name, row in self._table.rows.items() if self._table is not None else ():
-            try:
-                job = json.loads(row.value)
-                JobState(job["state"]), float(job["created_s"])
-                if job["id"].encode() != name:
-                    raise ValueError("it is of another job")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                log.warning("etcd's key %r is left out: %s", PREFIX + name, error)
-                continue
-            found.append(job)
-        return found
 
     async def _write_own(self, table: EtcdTable) -> None:
         while True:
@@ -180,10 +178,11 @@ class SharedJobs:
             value = self._row_of(job)
             if self._written.get(job_id) != value and await table.put(job_id.encode(), value):
                 self._written[job_id] = value
-        for shown in self._in_etcd():
-            if shown.get("leader") == self._cluster.node_id and shown["id"] not in own:
-                await table.delete(shown["id"].encode())
-                self._written.pop(shown["id"], None)
+        for job_id, row in self._rows.by_id().items():
+            # One that is not over may be a takeover whose answer was lost, or all that a lost disk left: see below.
+            if row.leader == self._cluster.node_id and job_id not in own and not _can_go_on(row):
+                await table.delete(job_id.encode())
+                self._written.pop(job_id, None)
 
     def _row_of(self, job: Job) -> bytes:
         shown = {**job.to_json(), "leader": self._cluster.node_id}
@@ -195,42 +194,54 @@ class SharedJobs:
     async def may_lead(self, job: Job) -> bool:
         """Whether no other node took that job over while this one was away. An etcd that is away itself cannot say: the
         job goes on then, as it does while etcd is lost."""
-        if self._table is None:
-            return True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LISTED_TIMEOUT_S):
-                await self._is_listed.wait()
+        await self.wait_listed()
         return not self._is_lost(job.job_id)
 
+    async def wait_listed(self) -> None:
+        """Return when etcd has said which jobs there are, or some seconds later where it is away."""
+        if self._table is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LISTED_TIMEOUT_S):
+                    await self._is_listed.wait()
+
     def _is_lost(self, job_id: str) -> bool:
-        leaders = [job.get("leader") for job in self._in_etcd() if job["id"] == job_id]
-        return bool(leaders) and leaders[0] != self._cluster.node_id
+        row = self._rows.by_id().get(job_id)
+        return row is not None and row.leader != self._cluster.node_id
 
     async def _take_over(self, table: EtcdTable) -> None:
         """Go on with loads whose nodes have left the cluster for a while, where the ring gives them to this node."""
         now_ns = self._jobs.tools.clock.now_ns()
-        orphans = {job["id"]: job for job in self._in_etcd() if self._is_orphan(job)}
+        orphans = {job_id: row for job_id, row in self._rows.by_id().items() if self._is_orphan(row)}
         self._away_since_ns = {job_id: self._away_since_ns.get(job_id, now_ns) for job_id in orphans}
-        for job_id, shown in orphans.items():
-            ring = self._cluster.ring
-            if now_ns - self._away_since_ns[job_id] < _AWAY_NS or not ring.nodes:
+        for job_id, row in orphans.items():
+            if now_ns - self._away_since_ns[job_id] < _AWAY_NS or not self._is_next(job_id, row):
                 continue
-            if ring.owners(f"j{job_id}".encode(), 1)[0].node_id != self._cluster.node_id:
-                continue
-            try:
-                job = job_from_json({**shown, "failures": []})
-            except (KeyError, TypeError, ValueError, OrchestraError) as error:
-                log.warning("job %s is not taken over: %s", job_id, error)
-                continue
+            job = job_from_json({**row.job.to_json(), "failures": []})
             job.term += 1
             value = self._row_of(job)
-            if await table.put(job_id.encode(), value):
+            # Not where the row changed while others were written: it is written on the condition that it is as known.
+            if self._rows.by_id().get(job_id) is row and await table.put(job_id.encode(), value):
                 self._written[job_id] = value
                 self._jobs.adopt(job)
 
-    def _is_orphan(self, job: Mapping[str, Any]) -> bool:
-        """Whether that job is one to be taken over: not over, its node gone, and all that it needs is in etcd."""
-        if JobState(job["state"]).is_over or job.get("is_listed") or job.get("retry_of"):
+    def _is_orphan(self, row: JobRow) -> bool:
+        """Whether that job is one to be taken over: not over, its node gone, and all that it needs is in etcd. Also one
+        of this node of which it knows nothing: its takeover was written, but this node never heard so."""
+        if not _can_go_on(row):
             return False
+        if row.leader == self._cluster.node_id:
+            return not self._jobs.has(row.job.job_id)
         members = {member.node_id for member in self._cluster.members}
-        return self._cluster.node_id in members and job.get("leader") not in members
+        return self._cluster.node_id in members and row.leader not in members
+
+    def _is_next(self, job_id: str, row: JobRow) -> bool:
+        """Whether the ring gives that job to this node, if it is not this node's already."""
+        ring = self._cluster.ring
+        if row.leader == self._cluster.node_id:
+            return True
+        return bool(ring.nodes) and ring.owners(f"j{job_id}".encode(), 1)[0].node_id == self._cluster.node_id
+
+
+def _can_go_on(row: JobRow) -> bool:
+    """Whether the job is not over, and all that it needs is in etcd."""
+    return not (row.job.state.is_over or row.job.spec.is_listed or row.job.spec.retry_of)

@@ -25,7 +25,7 @@ from orchestra.daemon.jobs.journal import FAILURES_KEPT_MAX, FailureFile
 from orchestra.daemon.jobs.load import LoadTools, job_pages
 from orchestra.daemon.jobs.parts import FAILURES_PER_ANSWER, PartRunner
 from orchestra.daemon.nodes.calls import NodeCalls
-from orchestra.errors import DaemonUnavailableError, OrchestraError
+from orchestra.errors import DaemonUnavailableError, LedElsewhereError, OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.prefetch.tree import Page
 from orchestra.stores.limit import URGENCY
@@ -99,7 +99,8 @@ class ClusterLoad:
         self._failed: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Do it all; the job is over afterwards. Cancelling stops the parts and leaves the job as it is."""
+        """Do it all; the job is over afterwards, unless another node leads it now. Cancelling stops the parts and
+        leaves the job as it is."""
         job, tools = self._job, self._lead.tools
         if not await self._lead.may_lead(job):
             return  # who leads the jobs here forgets it
@@ -113,6 +114,8 @@ class ClusterLoad:
                 self._conclude()
             except _DoesNotFitError as error:
                 self._end(JobState.FAILED, str(error), "space")
+            except LedElsewhereError as error:
+                log.info("%s: it goes on there", error)  # and is forgotten here, as above
             except OrchestraError as error:
                 self._end(JobState.FAILED, str(error), "error")
             finally:
@@ -147,7 +150,8 @@ class ClusterLoad:
         return job_pages(self._job, self._lead.tools, refresh=True)
 
     async def _load(self) -> None:
-        """Have all nodes load their shares until each did and no node came or went meanwhile. Raises OrchestraError."""
+        """Have all nodes load their shares until each did and no node came or went meanwhile. Raises OrchestraError,
+        LedElsewhereError where a node is told so."""
         for _ in range(ROUNDS_MAX):
             ring = await self._wait_ring()
             if await self._round(ring) and self._lead.cluster.ring.nodes == ring.nodes:
@@ -194,6 +198,9 @@ class ClusterLoad:
             body["paths"] = self._listed()
             body["spec"] |= {"is_listed": True, "retry_of": ""}
         await self._each("start", body)
+        for part in self._parts:
+            if isinstance(part.error, LedElsewhereError):
+                raise part.error
 
     def _bandwidth(self) -> int:
         """Each part's share of the rate that was asked for."""
