@@ -124,6 +124,11 @@ def settings_of(config: Config) -> dict[str, str]:
     }
 
 
+def variable_names() -> frozenset[str]:
+    """Return the environment variables that are settings."""
+    return frozenset(f"ORCHESTRA_{table.upper()}_{key.name.upper()}" for table, keys in _TABLES.items() for key in keys)
+
+
 def _find(path: str | Path | None, environ: Mapping[str, str]) -> Path | None:
     named = environ.get("ORCHESTRA_CONFIG")
     if path is not None:

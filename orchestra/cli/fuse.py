@@ -15,10 +15,11 @@ from typing import Any
 import click
 
 from orchestra.cli.fuse_unit import unit_text, words_of_mount_options
-from orchestra.cli.fuse_uri import attach_uri, without_account
+from orchestra.cli.fuse_uri import attach_uri
 from orchestra.cli.output import print_json, printable
 from orchestra.cli.session import Session, pass_session
 from orchestra.client.process import foreign_owner
+from orchestra.config_mounts import uri_without_password
 from orchestra.errors import MountError, OrchestraError, UsageError
 from orchestra.fuse import background, mount, registry
 from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, WORKERS_MAX, Mode, MountOptions
@@ -113,7 +114,7 @@ def mount_command(
         _print_unit(session, root, folder, _words(given) + _store_words(store_options, freshness))
         return
     if given["source"] is None:
-        given["source"] = without_account(root) if len(what) == 2 else "orchestra"
+        given["source"] = uri_without_password(root) if len(what) == 2 else "orchestra"
     if is_uri:
         root = attach_uri(session, root, store_options, freshness)
     options = _options(session, root, given)
@@ -272,7 +273,8 @@ def helper_command(ctx: click.Context, /, source: str, folder: str, options: str
         session.config_path = config
     if fake:
         return
-    words += ["--source", without_account(source), "--", "/" if source in ("orchestra", "none") else source, folder]
+    root = "/" if source in ("orchestra", "none") else source
+    words += ["--source", uri_without_password(source), "--", root, folder]
     ctx.invoke(mount_command, **mount_command.make_context("mount", words, parent=ctx).params)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from orchestra.config_file import variable_names
 from orchestra.errors import UsageError
 
 # What mount(8) and fstab say to every file system, and means nothing here or is so in any case.
@@ -22,12 +23,12 @@ _VALUES = frozenset(
 
 def unit_text(command: Sequence[str], folder: str, what: str, environment: Mapping[str, str]) -> str:
     """Return a unit that mounts at boot, and again when the mount was lost. `command` serves in the foreground, with
-    the settings of orchestra that `environment` holds."""
+    the settings of orchestra that `environment` holds, and nothing else of it: everybody may read a unit."""
     words = " ".join(_quoted(word) for word in command)
     settings = "".join(
         f"Environment={_quoted(f'{name}={value}', dollar='$')}\n"
         for name, value in sorted(environment.items())
-        if name.startswith("ORCHESTRA_") and name != "ORCHESTRA_CONFIG"  # the command names the file
+        if name in variable_names()
     )
     umount = " ".join(_quoted(word) for word in [*command[: command.index("fuse")], "fuse", "umount", "--lazy", folder])
     return f"""[Unit]
@@ -52,13 +53,14 @@ WantedBy=multi-user.target
 
 
 def _plain(text: str) -> str:
-    return text.replace("%", "%%").replace("\n", " ")
+    return " ".join(text.replace("%", "%%").splitlines())
 
 
 def _quoted(word: str, dollar: str = "$$") -> str:
     if word and all(character.isalnum() or character in "-_./:=,+@" for character in word):
         return word
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", dollar)
+    escaped = escaped.replace("\n", "\\n").replace("\r", "\\r")  # a line ends a setting, also between quotes
     return f'"{escaped}"'
 
 

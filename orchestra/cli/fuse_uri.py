@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -44,11 +43,6 @@ def _is_same(mount: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(mount.get(name) == wanted[name] for name in ("uris", "options", "freshness_s")) and not mount.get(
         "error"
     )
-
-
-def without_account(source: str) -> str:
-    """Return an address without the name and password in it: as it may be shown to everybody."""
-    return re.sub(r"://[^/@]*@", "://", source)
 
 
 def path_of(uri: str) -> str:

@@ -22,5 +22,12 @@ def test_what_systemd_would_expand_is_escaped() -> None:
 def test_settings_of_the_environment_are_the_units_too() -> None:
     """Those of orchestra and no others; the configuration file is named by the command."""
     environment = {"ORCHESTRA_CACHE_DIR": "/c $x 5%", "ORCHESTRA_CONFIG": "/etc/o.toml", "AWS_SECRET_ACCESS_KEY": "s"}
+    environment |= {"ORCHESTRA_S3_SECRET": "canary", "ORCHESTRA_CACHE_PORT": "tcp://10.0.0.1"}
     settings = [line for line in lines_of(environment) if line.startswith("Environment=")]
     assert settings == ['Environment="ORCHESTRA_CACHE_DIR=/c $x 5%%"']
+
+
+def test_a_line_break_ends_no_setting() -> None:
+    """It reaches the program as it was, as systemd reads escapes between quotes."""
+    lines = lines_of({"ORCHESTRA_CACHE_DIR": "/c\nExecStartPre=/bin/evil"})
+    assert 'Environment="ORCHESTRA_CACHE_DIR=/c\\nExecStartPre=/bin/evil"' in lines
