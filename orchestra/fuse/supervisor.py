@@ -40,7 +40,7 @@ _QUICK_NS = 1_000_000_000
 # The first spare is started when the mount's own start is over; it costs half a second of a core.
 _SPARE_AFTER_S = 2.0
 _SPARE_RETRY_S = 30.0
-_UNMOUNTED, _BUSY, _NOT_UNMOUNTED = b"U", b"B", b"N"
+_UNMOUNTED, _DETACHED, _BUSY, _NOT_UNMOUNTED = b"U", b"D", b"B", b"N"
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +300,9 @@ class Supervisor:
                 self._kill_all()
             else:
                 self._end()
+        elif event == _DETACHED[0]:
+            log.info("%s was detached already: its workers serve what is still open, without us", self._plan.target)
+            self._children.clear()
         elif event == _BUSY[0]:
             log.warning("%s is busy: detached; its open files are served for %g s more", self._plan.target, DRAIN_S)
             self._detach()
@@ -318,9 +321,11 @@ class Supervisor:
 
     def _unmount(self) -> None:
         try:
+            said = _UNMOUNTED
             if self._is_ours():
                 mount.unmount(self._plan.target)
-            said = _UNMOUNTED
+            elif not self._is_anywhere():
+                said = _DETACHED
         except mount.BusyError:
             said = _BUSY
         except MountError as error:
@@ -351,6 +356,10 @@ class Supervisor:
         """Whether our mount is still on the folder: its number is not used again while we hold its descriptor."""
         mounted = mount.mount_at(self._plan.target)
         return mounted is not None and mounted.device == self._plan.device
+
+    def _is_anywhere(self) -> bool:
+        """Whether our mount can be seen at all: another one may cover it, or show it elsewhere."""
+        return any(mounted.device == self._plan.device for mounted in mount.mounted_folders())
 
     def _become_new(self) -> None:
         """Run the program that is on the disk now in this process, with everything that we hold."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,32 @@ def test_the_watcher_leaves_a_living_mount_alone(make: MakeServer, folder: Path)
 def test_a_killed_watcher_is_not_missed_at_the_end(make: MakeServer, folder: Path) -> None:
     """A signal still unmounts, and the status is 0."""
     server = make(folder)
-    watcher_pid, _ = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    watcher_pid, *_ = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     assert b"watcher.py" in Path(f"/proc/{watcher_pid}/cmdline").read_bytes()
     os.kill(int(watcher_pid), signal.SIGKILL)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(20) == 0
     assert not server.is_mounted()
+
+
+def test_a_signal_after_the_folder_was_detached_ends_the_process_and_what_is_open_is_served(
+    make: MakeServer, folder: Path
+) -> None:
+    """As `systemctl restart` does it with a file open: nothing waits for whoever has it open, who reads on to the end
+    of the file; the worker goes with its last file."""
+    server = make(folder)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    with ExitStack() as stack:
+        pidfds = [os.pidfd_open(int(pid)) for pid in children]
+        for pidfd in pidfds:
+            stack.callback(os.close, pidfd)
+        with open(server.target / "file", "rb", buffering=0) as file:  # noqa: PTH123 - as above
+            mount.unmount(str(server.target), lazy=True)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+            assert file.read() == b"x" * 100_000
+        for pidfd in pidfds:
+            assert select.select([pidfd], [], [], 20)[0], "a process of the mount stays"
 
 
 def test_an_ordinary_umount_ends_the_process(make: MakeServer, folder: Path) -> None:
