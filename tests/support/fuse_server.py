@@ -130,6 +130,7 @@ def _obey(client: FolderClient, session: Session, name: str, arguments: list[str
         "threads": session.channel.threads_started,
         "pending": session.channel.pending_count,
         "handles_open": client.handles_open,
+        "handles_made": client.handles_made,
     }
 
 

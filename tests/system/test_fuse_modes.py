@@ -77,7 +77,7 @@ def test_a_small_file_is_kept_by_the_kernel(make: MakeServer, folder: Path) -> N
     counters = server.counters()
     assert (counters["READ"], counters["OPEN"], counters["RELEASE"]) == (20, 40, 40)
     assert "FLUSH" not in counters
-    assert (counters["backing_opened"], counters["handles_open"]) == (0, 0)
+    assert (counters["backing_opened"], counters["handles_made"]) == (0, 0)
 
 
 def test_a_mount_of_small_files_stops_being_asked_for_opens(make: MakeServer, folder: Path) -> None:
