@@ -4,9 +4,9 @@ Owns: the choice between the kernel's page cache and passthrough, the bookkeepin
 inode (the kernel answers EIO otherwise), the backing ids, and the handles of reads in progress. Leaves to others: the
 client's handle knows where bytes lie; the channel waits.
 
-Small files (and all in `pagecache` mode) cost nothing at OPEN: their handle is opened by the first READ and closed when
-a read has reached the end, so a warm file is never opened here at all. A mount in `auto` that has met small files only
-lets the kernel do without OPEN and RELEASE, which are most of what a warm small file costs.
+Small files (and all in `pagecache` mode) cost nothing at OPEN. A READ of a whole one that is on this disk needs no
+handle; any other opens one, which is closed when a read has reached the end. A mount in `auto` that has met small files
+only lets the kernel do without OPEN and RELEASE, which are most of what a warm small file costs.
 
 The opens and the backing id of an inode change under the table's lock only; handles are opened and closed by the loop's
 thread only, except that a worker closes one that was dropped while it was reading it (`pins`).
