@@ -302,8 +302,12 @@ def files_part(options: argparse.Namespace, state: str) -> None:
     peers = [one.name for one in remote]
     publish(f"Loading cold: {said}", [*files_table(cold, cold_cpus), "", *ahead(cold, peers)], options, state)
     verdicts = [*ahead(far, peers), *ahead(warm, [one.name for one in converted])]
-    said = f"{said}, {WARM_EPOCHS} epochs a turn"
-    publish(f"Loading warm: {said}", [*files_table(warm, warm_cpus), "", note, "", *verdicts], options, state)
+    how = (
+        f"Turns: {options.turns} of 1 epoch for what goes to the store each time ({', '.join(peers) or 'none'}) and for"
+        f" {OURS} in the ratios to them; else {WARM_TURNS * options.turns} of {WARM_EPOCHS} epochs, after one that is"
+        " not counted."
+    )
+    publish(f"Loading warm: {said}", [*files_table(warm, warm_cpus), "", how, note, "", *verdicts], options, state)
 
 
 def warm_turns(
