@@ -8,7 +8,8 @@ Nobody waits in a circle, because each wait is of a kind that only waits for kin
  1. asking an owner to read through (bytes of the budget `between`);
  2. reading the store for somebody (bytes of the store's budget), where other owners are asked for what they *hold*;
  3. giving what is held (no budget).
-A request of another node never leads to the first kind. Where two nodes see different rings and each waits for the
+A request of another node never leads to the first kind, and of those that keep an extent each asks only who stands
+before it in the ring's order. Where two nodes see different rings and each waits for the
 other in a flight that both joined, the one that was asked gives up first (the daemon's side, Cause.ELSEWHERE).
 """
 
@@ -78,7 +79,7 @@ class SharedStatistics:
     from_peers: int = 0
     from_peers_bytes: int = 0
     from_holders: int = 0  # held by another owner while this one read through
-    from_copies: int = 0  # of those from peers: where another holder than the first owner was asked first
+    from_copies: int = 0  # of those from peers: from another holder than the first owner of an extent read often
     from_stand_ins: int = 0  # of those from peers: by the next node of the ring, because no owner can keep it
     from_store: int = 0
     fallbacks: int = 0  # from the store, though others own it
@@ -135,31 +136,46 @@ class SharedFetcher:
 
     async def from_peers(self, part: SharedPart, owners: Sequence[str]) -> Buffer | None:
         """Return the bytes from the first node that gives them: where several hold the extent because it is read so
-        often, the one whose turn it is, then its owners."""
-        wire, own = part.wire, self.placement.node_id
-        name = (wire.digest, wire.extent_index)
-        now_ns = self.fetcher.stalls.now_ns()
-        places = () if own in owners else self.spread.holders(name, part.replicas, now_ns)
-        if places:
-            order = self.placement.owners(wire.digest, wire.extent_index, max(places) + 1)
-            place, node_id = next(((at, order[at]) for at in places if at < len(order) and order[at] != own), (0, ""))
-            if place:
-                data = await self.peers.read_copy(wire, node_id, owners)
-                if data is not None:
-                    self.statistics.from_copies += 1
-                    return data
-                self.spread.lacked(name, place, self.fetcher.stalls.now_ns())
-        data = await self.peers.read(wire, owners)
+        often, the one whose turn it is, then its owners, then the others of those that hold it."""
+        copies = self._copies(part)
+        if copies and copies[0][0]:  # at place 0 is the first owner
+            data = await self._from_copy(part, *copies.pop(0), owners)
+            if data is not None:
+                return data
+        data = await self.peers.read(part.wire, owners)
+        for place, node_id in copies:
+            if data is None and node_id not in owners:
+                data = await self._from_copy(part, place, node_id, ())
         return await self._from_stand_in(part, owners) if data is None else data
+
+    def _copies(self, part: SharedPart) -> list[tuple[int, str]]:
+        """The places at which it is said to be, and the nodes there, the one whose turn it is first."""
+        digest, index = part.wire.digest, part.wire.extent_index
+        places = self.spread.holders((digest, index), part.replicas, self.fetcher.stalls.now_ns())
+        order = self.placement.owners(digest, index, max(places) + 1) if places else ()
+        return [(at, order[at]) for at in places if at < len(order) and order[at] != self.placement.node_id]
+
+    async def _from_copy(self, part: SharedPart, place: int, node_id: str, owners: Sequence[str]) -> Buffer | None:
+        data = await self.peers.read_copy(part.wire, node_id, owners)
+        if data is None:
+            name = (part.wire.digest, part.wire.extent_index)
+            self.spread.lacked(name, place, self.fetcher.stalls.now_ns())
+        self.statistics.from_copies += data is not None
+        return data
 
     async def _from_stand_in(self, part: SharedPart, owners: Sequence[str]) -> Buffer | None:
         """Return the bytes from the next node of the ring's order, which reads them through and keeps them: where all
-        owners are full or gone, all nodes ask the same one then, and the store is asked by that one alone."""
+        owners are full or gone, all nodes ask the same one then, and the store is asked by that one alone. A node that
+        keeps it asks only those before itself: two that asked one another would each wait for the other's flight."""
         if self.ufs_fallback == "fail" or not all(self.peers.is_no_keeper(owner) for owner in owners):
             return None
         wire, own = part.wire, self.placement.node_id
-        order = self.placement.owners(wire.digest, wire.extent_index, part.replicas + _STAND_INS)[part.replicas :]
-        others = [node_id for node_id in order if node_id != own and not self.peers.is_no_keeper(node_id)]
+        order = self.placement.owners(wire.digest, wire.extent_index, part.replicas + _STAND_INS)
+        if part.is_kept and own in order:
+            order = order[: order.index(own)]
+        others = [
+            node_id for node_id in order[part.replicas :] if node_id != own and not self.peers.is_no_keeper(node_id)
+        ]
         data = await self.peers.read(wire, others[:1]) if others else None
         self.statistics.from_stand_ins += data is not None
         return data
