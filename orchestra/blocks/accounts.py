@@ -28,6 +28,10 @@ class CacheFullError(Exception):
     """There is no room, not even after evicting what may leave. The engine then serves without caching."""
 
 
+class DiskFullError(CacheFullError):
+    """The disk itself says so, whatever the accounts see."""
+
+
 class NotAdmittedError(CacheFullError):
     """The policy keeps what it has: this newcomer is not worth the place of another."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import crc32c
 
-from orchestra.blocks.accounts import Accounts, CacheFullError, NotAdmittedError, Victims
+from orchestra.blocks.accounts import Accounts, CacheFullError, DiskFullError, NotAdmittedError, Victims
 from orchestra.blocks.disk import Buffer, Disk, LocalDisk
 from orchestra.blocks.files import BlockFiles
 from orchestra.blocks.formats import PresenceMap
@@ -199,7 +199,7 @@ class BlockStore:
     def write_block(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
         """Publish a block: when this returns, every process of the node can read it.
 
-        Raises CacheFullError if there is no room (also when the disk says so), OSError if the disk fails.
+        Raises CacheFullError if there is no room (DiskFullError when the disk says so), OSError if the disk fails.
         """
         expected = self._geometry.block_range(size_bytes, block_index).length
         assert len(data) == expected, f"block {block_index} has {len(data)} bytes, not {expected}"
@@ -211,7 +211,7 @@ class BlockStore:
         except OSError as error:
             self._drop_unused(name)
             if error.errno in _FULL_ERRNOS:
-                raise CacheFullError(f"the cache's disk is full: {error.strerror}") from error
+                raise DiskFullError(f"the cache's disk is full: {error.strerror}") from error
             raise
         finally:
             with self._lock:

@@ -182,7 +182,7 @@ def _clustered(
         engine.blocks,
         geometry,
         replicas=settings.replicas,
-        write_errors=lambda: engine.statistics.cache_write_errors,
+        disk_errors=lambda: engine.statistics.disk_errors,
     )
     cluster.shared = shared
     boot = boot_id()

@@ -13,6 +13,7 @@ Readers of the node never come here for a hit: they read the cache directory the
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from orchestra.blocks.accounts import CacheFullError, NotAdmittedError
+from orchestra.blocks.accounts import CacheFullError, DiskFullError, NotAdmittedError
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.rules import Origin
 from orchestra.blocks.store import BlockStore
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 
 # Blocks up to this size are written from the loop: a thread's hand-over costs more than 110 kB of memory copy.
 _INLINE_WRITE_BYTES_MAX = 256 * 1024
+# What a disk says that will say the same of the next block; a lack of descriptors, for one, passes by itself.
+_DISK_ERRNOS = (errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,8 @@ Bringing = AbstractAsyncContextManager[Buffer, bool | None]
 class Sharing(Protocol):
     """What a cluster changes about a miss; see engine/sharing.py."""
 
-    def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
-        """Whether this node is to keep that block at all."""
+    def may_keep(self, digest: str, wanted: Wanted, block: int, *, is_asked_for: bool = False) -> bool:
+        """Whether this node is to keep that block at all; `is_asked_for` by somebody's load."""
         ...
 
     def cut(self, parts: Iterable[range]) -> Iterable[range]:
@@ -114,6 +117,7 @@ class EngineStatistics:
     uncached_bytes: int = 0
     stale_objects: int = 0
     cache_write_errors: int = 0
+    disk_errors: int = 0  # of those, the disk's own: it is full, or broken, for every block
 
 
 class Engine:
@@ -137,7 +141,8 @@ class Engine:
         # The one task that brings a block, by (digest, block index).
         self._flights: dict[tuple[str, int], asyncio.Task[bool]] = {}
         # Since when a reader waits for a flight; the others nobody waits for.
-        self._wanted_ns: dict[asyncio.Task[bool], int] = {}
+        self._wanted_ns: dict[asyncio.Future[bool], int] = {}
+        self._is_closed = False
         # Set where there is a cluster; else every part comes from its store.
         self.sharing: Sharing | None = None
         self.stalls = fetcher.stalls
@@ -232,9 +237,8 @@ class Engine:
         """
         digest = wanted.digest
         touched = self.geometry.blocks_of(wanted.byte_range)
-        size = wanted.info.size_bytes
-        if any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
-            return asyncio.ensure_future(self.ensure(wanted, priority))  # some is here: files may have to be looked at
+        if self._holds_any(digest, wanted, touched):
+            return asyncio.ensure_future(self.ensure(wanted, priority))  # files may have to be looked at
         self.statistics.ensures += 1
         self._tell_of_miss(wanted, priority)
         if not touched:
@@ -251,12 +255,12 @@ class Engine:
 
     def _is_kept(self, digest: str, wanted: Wanted, block: int, *, is_asked_for: bool = False) -> bool:
         """Whether that block would be kept, going by room, eviction policy, pins, quotas and who owns it."""
-        if self.sharing is not None and not self.sharing.may_keep(digest, wanted, block):
+        if self.sharing is not None and not self.sharing.may_keep(digest, wanted, block, is_asked_for=is_asked_for):
             return False
         origin = Origin(wanted.mount.store.store_id, wanted.info.key)
         return self.blocks.admits(digest, wanted.info.size_bytes, block, origin, is_asked_for=is_asked_for)
 
-    async def _all_of(self, flights: set[asyncio.Task[bool]]) -> bool:
+    async def _all_of(self, flights: set[asyncio.Future[bool]]) -> bool:
         if len(flights) == 1:  # nearly always: a small object, or one block of a large one
             return await asyncio.shield(next(iter(flights)))
         return all(await asyncio.gather(*(asyncio.shield(flight) for flight in flights)))
@@ -276,9 +280,12 @@ class Engine:
         return self.in_flight(wanted.digest, block)
 
     def holds_some(self, wanted: Wanted) -> bool:
-        """Whether there is a file that may hold the first of these bytes; False is certain. Costs no system call."""
-        block = wanted.byte_range.start // self.geometry.block_size_bytes
-        return self.blocks.holds(wanted.digest, wanted.info.size_bytes, block)
+        """Whether there is a file that may hold some of these bytes; False is certain. Costs no system call."""
+        return self._holds_any(wanted.digest, wanted, self.geometry.blocks_of(wanted.byte_range))
+
+    def _holds_any(self, digest: str, wanted: Wanted, blocks: range) -> bool:
+        size = wanted.info.size_bytes
+        return any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(blocks))
 
     async def read_uncached(self, wanted: Wanted) -> AsyncIterator[Buffer]:
         """Yield the bytes straight from the store, in order, part by part: when there is no room to keep them, or
@@ -323,7 +330,7 @@ class Engine:
         """The blocks that are not here, after verifying files that no process of this boot vouches for."""
         size = wanted.info.size_bytes
         touched = self.geometry.blocks_of(wanted.byte_range)
-        if not any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(touched)):
+        if not self._holds_any(digest, wanted, touched):
             return list(touched)
         if not suspect:
             missing_now = self.blocks.missing_in_filling(digest, size, touched)
@@ -354,8 +361,12 @@ class Engine:
 
     def _join_or_start(
         self, digest: str, wanted: Wanted, missing: Sequence[int], priority: Priority
-    ) -> set[asyncio.Task[bool]]:
-        flights = set()
+    ) -> set[asyncio.Future[bool]]:
+        flights: set[asyncio.Future[bool]] = set()
+        if self._is_closed:  # who was looking at files meanwhile gets what those got who waited
+            stopped = asyncio.get_running_loop().create_future()
+            stopped.cancel()
+            return {stopped}
         absent = []
         for block in missing:
             flight = self._flights.get((digest, block))
@@ -380,8 +391,8 @@ class Engine:
             flights.add(task)
         if priority is Priority.DEMAND and not wanted.is_for_peer:
             now_ns = self.stalls.now_ns()
-            for flight in flights:
-                self._wanted_ns.setdefault(flight, now_ns)
+            for waited in flights:
+                self._wanted_ns.setdefault(waited, now_ns)
         return flights
 
     def _land(self, wanted: Wanted, part: range, marks: list[int], task: asyncio.Task[bool]) -> None:
@@ -428,16 +439,19 @@ class Engine:
             return False
         except CacheFullError as error:
             self.statistics.cache_write_errors += 1
+            self.statistics.disk_errors += isinstance(error, DiskFullError)
             log.warning("not cached: %s", error)
             return False
         except OSError as error:
             self.statistics.cache_write_errors += 1
+            self.statistics.disk_errors += error.errno in _DISK_ERRNOS
             log.error("the cache directory cannot be written: %s", error)
             return False
         return True
 
     async def close(self) -> None:
-        """Stop fetches under way and wait until they have let go of their buffers."""
+        """Stop fetches under way and wait until they have let go of their buffers; none is begun from now on."""
+        self._is_closed = True
         flights = set(self._flights.values())
         for flight in flights:
             flight.cancel()

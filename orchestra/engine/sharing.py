@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestra.engine.engine import Bringing, Wanted
 
 
-# After a block that could not be written; then another one is tried.
+# After a block that the disk did not take; then another one is tried.
 _FULL_NS = 5_000_000_000
 
 
@@ -36,10 +36,11 @@ class ClusterSharing:
         geometry: Geometry,
         *,
         replicas: int,
-        write_errors: Callable[[], int],
+        disk_errors: Callable[[], int],
     ) -> None:
-        """`replicas` holds for mounts that do not say; `write_errors` counts blocks that could not be written."""
-        self._write_errors = write_errors
+        """`replicas` holds for mounts that do not say; `disk_errors` counts blocks that the disk did not take, because
+        it is full or broken."""
+        self._disk_errors = disk_errors
         self._errors_before = 0
         self._full_until_ns = 0
         self._shared = shared
@@ -52,12 +53,12 @@ class ClusterSharing:
         replication = mount.replication
         return self._replicas if replication is None or replication.min is None else replication.min
 
-    def may_keep(self, digest: str, wanted: Wanted, block: int) -> bool:
+    def may_keep(self, digest: str, wanted: Wanted, block: int, *, is_asked_for: bool = False) -> bool:
         """See engine.Sharing: owners do; others where the mount allows passive copies, or for other nodes, in space
-        that is free."""
+        that is free. A load finds out by itself whether the disk takes it: for it, no means that it has failed."""
         mount = wanted.mount.config
         extent = block // self._geometry.blocks_per_extent
-        if self._is_disk_full():
+        if not is_asked_for and self._is_disk_full():
             return False
         is_owner = self._shared.is_owner(digest, extent, self.replicas_of(mount))
         names = self._blocks.names_of(digest, wanted.info.size_bytes, range(block, block + 1))
@@ -66,9 +67,9 @@ class ClusterSharing:
         return is_owner or wanted.is_for_peer or mount.replication is None or mount.replication.passive
 
     def _is_disk_full(self) -> bool:
-        """Whether a block could not be written a moment ago, with all that may leave gone: to fetch the next one would
+        """Whether the disk did not take a block a moment ago, with all that may leave gone: to fetch the next one would
         be to ask the store twice."""
-        errors, now_ns = self._write_errors(), self._shared.fetcher.stalls.now_ns()
+        errors, now_ns = self._disk_errors(), self._shared.fetcher.stalls.now_ns()
         if errors != self._errors_before:
             self._errors_before = errors
             self._full_until_ns = now_ns + _FULL_NS

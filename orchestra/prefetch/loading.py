@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -213,14 +213,19 @@ class Loader:
 
     async def _ensure(self, wanted: Wanted) -> bool:
         size_bytes, begun_ns = wanted.byte_range.length, 0
-        if not self._engine.holds_some(wanted) and not self._engine.is_coming(wanted):
-            begun_ns = self._clock.now_ns()  # else the time says when a reader asked
-        soon = self._engine.ensure_soon(wanted, self.priority)
-        if isinstance(soon, bool):
-            return soon
+        soon: Awaitable[bool]
+        if self._engine.holds_some(wanted):
+            soon = self._engine.ensure(wanted, self.priority)  # ends with us, also while it looks at files
+        else:
+            if not self._engine.is_coming(wanted):
+                begun_ns = self._clock.now_ns()  # else the time says when a reader asked
+            flight = self._engine.ensure_soon(wanted, self.priority)
+            if isinstance(flight, bool):
+                return flight
+            soon = asyncio.shield(flight)  # others may wait for the same fetch
         self.bytes_in_flight += size_bytes
         try:
-            is_kept = await asyncio.shield(soon)  # others may wait for the same fetch
+            is_kept = await soon
         finally:
             self.bytes_in_flight -= size_bytes
         if begun_ns and len(self._answers) < ANSWERS_MAX:

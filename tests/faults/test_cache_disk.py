@@ -6,11 +6,13 @@ With a disk that fails on order in a node in a thread; and with real small file 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,10 +22,13 @@ import pytest
 
 from orchestra.blocks.files import BlockFiles
 from orchestra.blocks.index import BlockIndex, IndexUnavailableError
+from orchestra.blocks.rules import SpaceRules, StoreRule
 from orchestra.client.node import NodeClient
+from orchestra.units import KIB
+from orchestra.values import ByteRange
 from tests.support.cache import BLOCK, EXTENT, data_of
 from tests.support.disks import HookedDisk, failing
-from tests.support.node import DaemonNode, ThreadNode, daemon_node, thread_node
+from tests.support.node import PATIENCE_S, DaemonNode, ThreadNode, daemon_node, thread_node
 from tests.support.ram import ram_folder
 from tests.support.reading import read_in_new_process, sha256
 from tests.support.versioned_store import VersionedStore
@@ -85,6 +90,8 @@ def test_a_disk_that_cannot_be_written_serves_uncached(
         statistics = node.node.engine.statistics
         assert operation in disk.calls
         assert statistics.cache_write_errors > 0 or (operation, error) == ("set_attribute", errno.ENOSPC)
+        # A lack of descriptors is not the disk's.
+        assert (statistics.disk_errors > 0) == (statistics.cache_write_errors > 0 and error != errno.EMFILE)
         disk.before = lambda operation, number: None
         read_all(node.client())
         reads = len(store.reads)
@@ -96,6 +103,34 @@ def test_a_disk_that_cannot_be_written_serves_uncached(
         exact = node.node.blocks.statistics().used_bytes
     with thread_node(tmp_path, store) as node:
         assert node.node.blocks.statistics().used_bytes == exact
+
+
+def test_a_block_that_a_quota_has_no_room_for_is_no_error_of_the_disk(tmp_path: Path) -> None:
+    """Two blocks at a time into a quota of one: both are let in, the second does not fit; other mounts go on."""
+    store, size, go_on = VersionedStore(), 512 * KIB, threading.Event()
+    for key in ("a", "b"):
+        store.put(key, bytes(size))
+    with thread_node(tmp_path, store, block_size_bytes=size, extent_size_bytes=size) as node:
+        node.node.blocks.space.set_rules(SpaceRules(stores={store.store_id: StoreRule(quota_bytes=size)}))
+        use_disk(node, HookedDisk(lambda operation, number: None if number > 1 else _wait(go_on)))
+        engine = node.node.engine
+
+        async def ensure(path: str) -> bool:
+            entry = await engine.stat(path)
+            return await engine.ensure(engine.want(path, entry.version, size, ByteRange(0, size)))
+
+        async def both() -> list[bool]:
+            tasks = [asyncio.create_task(ensure(f"/data/{key}")) for key in ("a", "b")]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            go_on.set()
+            return sorted([await task for task in tasks])
+
+        assert node.run(both()) == [False, True]
+        assert (engine.statistics.cache_write_errors, engine.statistics.disk_errors) == (1, 0)
+
+
+def _wait(event: threading.Event) -> None:
+    assert event.wait(PATIENCE_S)
 
 
 def test_a_disk_that_fails_now_and_then(tmp_path: Path, store: VersionedStore) -> None:

@@ -104,6 +104,27 @@ def test_overlapping_reads_share_blocks(tmp_path: Path, store: VersionedStore) -
         assert len(asked) == len(set(asked)), "a block came twice"
 
 
+def test_a_closed_engine_begins_nothing(tmp_path: Path, store: VersionedStore) -> None:
+    """Who comes from looking at files after it was closed gets what those got whose fetch it stopped."""
+    store.put("a", b"x")
+    with thread_node(tmp_path, store) as node:
+
+        async def play() -> None:
+            engine = node.node.engine
+            entry = await engine.stat("/data/a")
+            wanted = engine.want("/data/a", entry.version, 1, ByteRange(0, 1))
+            await engine.close()
+            with pytest.raises(asyncio.CancelledError):
+                await engine.ensure(wanted)
+            soon = engine.ensure_soon(wanted)
+            assert not isinstance(soon, bool)
+            assert soon.cancelled()
+            assert not engine.is_coming(wanted)
+
+        node.run(play())
+    assert not store.reads
+
+
 # -- how much is asked for -----------------------------------------------------------------------------------------
 
 

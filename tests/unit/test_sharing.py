@@ -26,7 +26,7 @@ class Node:
     def sharing(self) -> ClusterSharing:
         surroundings: Any = self
         return ClusterSharing(
-            *(surroundings, surroundings, Geometry(4096, 16384)), replicas=1, write_errors=lambda: self.errors
+            *(surroundings, surroundings, Geometry(4096, 16384)), replicas=1, disk_errors=lambda: self.errors
         )
 
     @property
@@ -77,9 +77,9 @@ class Asked:
     size_bytes: int = 4096
 
 
-def may_keep(sharing: ClusterSharing, asked: Asked) -> bool:
+def may_keep(sharing: ClusterSharing, asked: Asked, *, is_asked_for: bool = False) -> bool:
     wanted: Any = asked
-    return sharing.may_keep("0" * 32, wanted, 0)
+    return sharing.may_keep("0" * 32, wanted, 0, is_asked_for=is_asked_for)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,15 @@ def test_what_a_node_keeps(owns: bool, passive: bool, is_for_peer: bool, is_kept
     assert node.marks == [not owns]
 
 
-def test_after_a_block_that_could_not_be_written_nothing_is_fetched_to_be_kept_for_a_while() -> None:
+def test_after_a_block_that_the_disk_did_not_take_nothing_is_fetched_to_be_kept_for_a_while() -> None:
     """For five seconds each such fetch would be made twice; then the disk is tried again, and each failure counts
-    anew."""
+    anew. A load tries it at once: a no would end it."""
     node = Node()
     sharing = node.sharing()
     assert may_keep(sharing, Asked())
     node.errors = 1
     assert not may_keep(sharing, Asked())
+    assert may_keep(sharing, Asked(), is_asked_for=True)
     node.now_ns = 5 * NANOSECONDS - 1
     assert not may_keep(sharing, Asked())
     node.now_ns = 5 * NANOSECONDS
