@@ -176,12 +176,12 @@ class BlockFiles:
         """Write into an open extent. Raises OSError."""
         self._disk.write_at(fd, data, offset)
 
-    def count_bad_blocks(self, digest: str, size_bytes: int, extent_index: int) -> int:
+    def count_bad_blocks(self, digest: str, size_bytes: int, extent_index: int, *, if_unopened: int) -> int:
         """Check all present blocks of an extent against their checksums, and vouch for them in this boot if all match;
-        return how many do not (1 for files that do not belong together)."""
+        return how many do not, `if_unopened` for files that cannot be opened or do not belong together."""
         opened = self.open_extent(digest, size_bytes, extent_index, os.O_RDONLY)
         if opened is None:
-            return 1
+            return if_unopened
         fd, marks = opened
         try:
             bad = sum(not _is_block_good(fd, marks, block) for block in marks.present_blocks())

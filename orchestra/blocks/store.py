@@ -424,17 +424,18 @@ class BlockStore:
 
     # -- verifying -------------------------------------------------------------------------------------------------
 
-    def verify(self, digest: str, size_bytes: int, block_index: int) -> int:
+    def verify(self, digest: str, size_bytes: int, block_index: int, *, is_doubted: bool = False) -> int:
         """Check the file that holds the block against its checksums and vouch for it in this boot.
 
-        A file with a bad block is dropped whole: readers may have it open (or mapped by the kernel), so its bytes are
-        not mended in place. What was good in it is fetched again. Returns how many blocks were bad (and counted).
+        A file with a bad block is dropped whole: readers may have it open (or mapped), so it is not mended in place.
+        Returns how many blocks were bad (and counted): one where an extent cannot be opened, unless it `is_doubted`.
         """
         name = self._name(digest, size_bytes, block_index)
         if self._geometry.is_small(size_bytes):
             bad = int(self._files.verify_small(digest, size_bytes) is False)
         else:
-            bad = self._files.count_bad_blocks(digest, size_bytes, block_index // self._geometry.blocks_per_extent)
+            index = block_index // self._geometry.blocks_per_extent
+            bad = self._files.count_bad_blocks(digest, size_bytes, index, if_unopened=int(not is_doubted))
         if not bad:
             return 0
         with self._lock:

@@ -12,6 +12,7 @@ import select
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 from orchestra.blocks.geometry import Geometry
@@ -136,17 +137,15 @@ class PeerService:
         PeerError, what the engine raises."""
         return await self._engine.ensure(self._wanted(part, self._blocks_of(part), is_for_peer=False), priority)
 
-    async def look_at(self, part: ExtentPart) -> int:
-        """Check what is held of those blocks' extent against its checksums; return how many blocks were bad. They are
-        dropped, and those asked for are fetched anew. Raises PeerError."""
+    async def look_at(self, part: ExtentPart) -> int | None:
+        """Check what is held of the extent of those blocks, and drop all of it if a block is bad. Return how many are,
+        None where nothing is held. Raises PeerError."""
         first = self._blocks_of(part).start
         if not self._blocks.holds(part.digest, part.size_bytes, first):
-            return 0
-        loop = asyncio.get_running_loop()
-        bad = await loop.run_in_executor(self._engine.writers, self._blocks.verify, part.digest, part.size_bytes, first)
-        if bad:
-            (await self.bring(part)).close()
-        return bad
+            return None
+        verify = partial(self._blocks.verify, part.digest, part.size_bytes, first, is_doubted=True)
+        bad = await asyncio.get_running_loop().run_in_executor(self._engine.writers, verify)
+        return bad if bad or self._blocks.holds(part.digest, part.size_bytes, first) else None
 
     def _wanted(self, part: ExtentPart, blocks: range, *, is_for_peer: bool) -> Wanted:
         size = part.size_bytes

@@ -499,6 +499,21 @@ def test_an_index_that_lags_is_brought_in_line(tmp_path: Path) -> None:
 # -- another boot, and rot ---------------------------------------------------------------------------------------
 
 
+def test_a_doubted_extent_that_cannot_be_opened_stays(tmp_path: Path) -> None:
+    """It may be only for now, and what another node doubts came from an open one; nobody's doubt drops it, a check of
+    all that is here does."""
+    cache = Cache(tmp_path)
+    cache.put("a", data_of("a", EXTENT))
+    Path(cache.layout.map_file(digest_of("a"), 0)).rename(tmp_path / "map")
+    assert cache.store.verify(digest_of("a"), EXTENT, 0, is_doubted=True) == 0
+    assert cache.store.holds(digest_of("a"), EXTENT, 0)
+    (tmp_path / "map").rename(cache.layout.map_file(digest_of("a"), 0))
+    assert cache.get("a", EXTENT) == data_of("a", EXTENT)
+    Path(cache.layout.map_file(digest_of("a"), 0)).unlink()
+    assert cache.verify("a", EXTENT) == 1
+    assert not cache.store.holds(digest_of("a"), EXTENT, 0)
+
+
 @pytest.mark.parametrize("size", [100, EXTENT + 1])
 def test_after_a_reboot_bytes_are_verified_before_their_first_use(tmp_path: Path, size: int) -> None:
     """What another boot wrote is missing until it was checked, and then vouched for in this boot."""

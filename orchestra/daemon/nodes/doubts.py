@@ -32,6 +32,8 @@ ROUTE = "/v1/node/doubt"
 _AGAIN_NS = 60_000_000_000
 _WAITING_MAX = 256
 _REMEMBERED_MAX = 4096
+# A network that changes bytes makes all nodes doubt everything.
+_WARN_EVERY_NS = 10_000_000_000
 # A look reads an extent of 64 MiB from a disk that others use, and fetches it anew if it is bad.
 _LOOK_TIMEOUT_S = 30.0
 
@@ -73,6 +75,8 @@ class Doubts:
         self._cluster = cluster
         self._calls = calls
         self._service = service
+        self._clock = clock
+        self._warned_ns = -_WARN_EVERY_NS
         self._told = _Lately(clock)
         self._looked = _Lately(clock)
         self._waiting: asyncio.Queue[tuple[str, ExtentPart]] = asyncio.Queue(_WAITING_MAX)
@@ -119,15 +123,24 @@ class Doubts:
             if not self._looked.is_new(("", part.digest, part.extent_index)):
                 return {"damaged": 0}
             self.counts.looked += 1
+            part = dataclasses.replace(part, priority=int(Priority.BACKGROUND))
             try:
-                damaged = await self._service.look_at(dataclasses.replace(part, priority=int(Priority.BACKGROUND)))
+                damaged = await self._service.look_at(part)
+                if damaged:
+                    self.counts.damaged += damaged
+                    (await self._service.bring(part)).close()
             except PeerError as error:
                 raise UsageError(f"{part.object_id.key!r}: {error}") from error
-        self.counts.damaged += damaged
-        if not damaged:
+        if damaged == 0:
+            self._warn(part)
+        return {"damaged": damaged or 0}
+
+    def _warn(self, part: ExtentPart) -> None:
+        now_ns = self._clock.now_ns()
+        if now_ns >= self._warned_ns + _WARN_EVERY_NS:
+            self._warned_ns = now_ns
             log.warning(
                 "%r: another node got other bytes of extent %d than are here, where they are right: the network between"
                 " the nodes changes bytes",
                 *(part.object_id.key, part.extent_index),
             )
-        return {"damaged": damaged}
