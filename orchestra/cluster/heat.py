@@ -8,8 +8,8 @@ A copy is named by its node's *place* in the ring's order for that extent: owner
 them. A set of places is a number with a bit for each. Places mean something in one ring only: who sees another one
 begins anew.
 
-How many copies there are follows from reads alone: as soon as the owner has sent an extent HOT_READS times within a
-window another node is to keep it, and counting begins anew, so that each further copy needs as many reads again.
+How many copies there are follows from reads alone: as soon as the owner was asked for an extent HOT_READS times within
+a window another node is to keep it, and counting begins anew, so that each further copy needs as many reads again.
 Readers that know of a copy spread over all who hold the extent, so its owner sees less of them. Where fewer than
 COOL_READS came within a window for two of them, readers are told of no copies any more; those stay until something else
 needs their space.
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-# How often an extent (all of its bytes; small objects: the object) is sent to other nodes.
+# How often other nodes ask for an extent (all of its bytes; small objects: the object).
 HOT_READS: Final = 8.0
 COOL_READS: Final = 2.0
 WINDOW_NS: Final = 30_000_000_000

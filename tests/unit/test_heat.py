@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra.cluster.heat import COOL_READS, HOT_READS, PLACES_MAX, WINDOW_NS, Heat, Name, Spread
+from orchestra.daemon.nodes.hot import KeptExtents
 
 HOT: Name = ("0" * 32, 0)
 COLD: Name = ("1" * 32, 0)
@@ -164,3 +165,16 @@ def test_a_reader_forgets_what_it_did_not_hear_again() -> None:
     assert [bool(spread.holders((f"{number:032x}", 0), 1, 0)) for number in range(3)] == [False, True, True]
     spread.told(HOT, 0b1 << 40 | 0b1, 0)
     assert spread.holders(HOT, 1, 0) == [], "places beyond those that there can be"
+
+
+def test_copies_that_a_node_keeps_are_found_by_object_counted_and_bounded() -> None:
+    """Twice the same is one; beyond the bound the object that came first is forgotten."""
+    kept = KeptExtents(3)
+    for name in (HOT, (HOT[0], 1), HOT, COLD):
+        kept.add(name, 100)
+    assert (len(kept), dict(kept.of(HOT[0])), dict(kept.of(COLD[0]))) == (3, {0: 100, 1: 100}, {0: 100})
+    kept.add((COLD[0], 7), 100)
+    assert kept.all() == [((COLD[0], 0), 100), ((COLD[0], 7), 100)]
+    for name in (COLD, COLD, HOT, (COLD[0], 7)):
+        kept.remove(name)
+    assert (len(kept), kept.all()) == (0, [])

@@ -39,6 +39,8 @@ _AT_ONCE = 4
 _COPY_TIMEOUT_S = 30.0
 _WAITING_MAX = 1024
 _KEPT_MAX = 65_536
+# Looked at at a time, some milliseconds, when it is found out which of them have left.
+_LOOKED_AT_ONCE = 1024
 
 
 class HotParts(Protocol):
@@ -69,8 +71,8 @@ class HotCopies:
         # What copies are made of, by name: as it was asked for last.
         self._objects: OrderedDict[Name, tuple[ObjectId, int]] = OrderedDict()
         self._waiting: asyncio.Queue[tuple[Name, int]] = asyncio.Queue(_WAITING_MAX)
-        # What this node keeps for others; some of it may have left since.
-        self._kept: OrderedDict[Name, int] = OrderedDict()
+        # What this node keeps for others; some of it may have left lately.
+        self._kept = KeptExtents(_KEPT_MAX)
         self._free = asyncio.Semaphore(_AT_ONCE)
         self.made = self.refused = 0
 
@@ -124,6 +126,14 @@ class HotCopies:
                 for place in range(places.bit_length()):
                     if places >> place & 1:
                         await self._ask(name, place)
+            await self._forget_left()
+
+    async def _forget_left(self) -> None:
+        for looked, (name, size_bytes) in enumerate(self._kept.all(), 1):
+            if not self._is_here(name, size_bytes):
+                self._kept.remove(name)
+            if not looked % _LOOKED_AT_ONCE:
+                await asyncio.sleep(0)
 
     async def _ask(self, name: Name, place: int) -> bool:
         is_kept = False
@@ -186,20 +196,19 @@ class HotCopies:
         async with self._free:
             is_held = await self._handover.take(sender, offer)
         if is_held:
-            self._kept[name] = offer.size_bytes
-            while len(self._kept) > _KEPT_MAX:
-                self._kept.popitem(last=False)
+            self._kept.add(name, offer.size_bytes)
         else:
-            self._kept.pop(name, None)
+            self._kept.remove(name)
         return {"held": is_held}
 
     def kept(self, digest: str) -> list[int]:
         """The extents of an object that this node was asked to keep, and holds."""
-        return [index for known, index in self._kept if known == digest and self._is_here((known, index))]
+        found = self._kept.of(digest)
+        return [index for index, size_bytes in found.items() if self._is_here((digest, index), size_bytes)]
 
     def status(self) -> dict[str, int]:
         """Return counts: extents with copies that readers are told of, their copies, copies made and refused since the
-        start; copies that this node keeps."""
+        start; copies that this node keeps, but for those that left lately."""
         self._follow_ring()
         hot = [places for _, places in self._heat.hot(self._parts.clock.now_ns())]
         return {
@@ -207,12 +216,12 @@ class HotCopies:
             "copies_elsewhere": sum(places.bit_count() for places in hot),
             "copies_made": self.made,
             "copies_refused": self.refused,
-            "copies_here": sum(self._is_here(name) for name in self._kept),
+            "copies_here": len(self._kept),
         }
 
-    def _is_here(self, name: Name) -> bool:
+    def _is_here(self, name: Name, size_bytes: int) -> bool:
         digest, index = name
-        return self._parts.blocks.holds(digest, self._kept[name], index * self._parts.geometry.blocks_per_extent)
+        return self._parts.blocks.holds(digest, size_bytes, index * self._parts.geometry.blocks_per_extent)
 
     # -- both --------------------------------------------------------------------------------------------------------
 
@@ -242,6 +251,48 @@ class HotCopies:
                 if mount.opened is not None and (limits := limits_of(mount.config, self._default_replicas)) is not None
             }
         return self._limits.get(store_id)
+
+
+class KeptExtents:
+    """Extents of objects, with the objects' sizes; of more than `extents_max` those of the object that was added first
+    are forgotten. An object is found without looking at the others."""
+
+    def __init__(self, extents_max: int) -> None:
+        self._extents_max = extents_max
+        self._by_digest: OrderedDict[str, dict[int, int]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, digest: str) -> Mapping[int, int]:
+        """The extents of that object, each with the object's size."""
+        return self._by_digest.get(digest, {})
+
+    def all(self) -> list[tuple[Name, int]]:
+        """All of them, as they are now."""
+        return [((digest, index), size) for digest, found in self._by_digest.items() for index, size in found.items()]
+
+    def add(self, name: Name, size_bytes: int) -> None:
+        """Remember it."""
+        found = self._by_digest.setdefault(name[0], {})
+        self._count += name[1] not in found
+        found[name[1]] = size_bytes
+        while self._count > self._extents_max:
+            self._count -= len(self._by_digest.popitem(last=False)[1])
+
+    def remove(self, name: Name) -> None:
+        """Forget it, if it is known."""
+        found = self._by_digest.get(name[0], {})
+        if found.pop(name[1], None) is not None:
+            self._count -= 1
+            if not found:
+                del self._by_digest[name[0]]
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._by_digest.clear()
+        self._count = 0
 
 
 def limits_of(mount: MountConfig, default_replicas: int) -> tuple[int, int] | None:
