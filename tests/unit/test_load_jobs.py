@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,10 +18,8 @@ from orchestra.clock import ManualClock, SystemClock
 from orchestra.config import FetchConfig
 from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.errors import NotFoundError, StoreError
-from orchestra.fetch.budget import Priority
-from orchestra.prefetch.loading import Loader
 from orchestra.prefetch.pace import Pace
-from orchestra.prefetch.tree import PAGE_FILES, Page, TreeFile, file_at
+from orchestra.prefetch.tree import PAGE_FILES, TreeFile
 from orchestra.stores.contract import ListPage
 from orchestra.stores.registry import wrapped
 from orchestra.testing.fault_store import Fail, Fault, FaultStore, Stall, Swap
@@ -333,49 +329,6 @@ def test_a_job_that_is_stopped_stays_so_and_another_goes_on_from_there(tmp_path:
         node.loop.call_soon_threadsafe(stall.release)
         assert load(node).state is JobState.SUCCEEDED
         assert len(store.reads) == 30
-
-
-def test_a_load_that_is_cancelled_while_it_looks_at_files_leaves_nothing_behind(
-    tmp_path: Path, store: VersionedStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it would have asked for next is not asked for by anybody any more."""
-    path, data = next(iter(put_tree(store, 1).items()))
-    reached, go_on = threading.Event(), threading.Event()
-
-    def verify(*_: object) -> int:
-        reached.set()
-        assert go_on.wait(PATIENCE_S)
-        return 0
-
-    with thread_node(tmp_path, store) as node:
-        engine = node.node.engine
-        observer: Any = None  # nothing becomes of any file
-        assert node.client().read_file(path) == data
-        for held in held_files(tmp_path):
-            held.unlink()  # the accounts still have it: it has to be looked for
-        monkeypatch.setattr(node.node.blocks, "verify", verify)
-
-        async def play() -> int:
-            file = file_at(engine, path, await engine.stat(path))
-
-            async def pages() -> AsyncGenerator[Page, None]:
-                yield Page((file,))
-
-            before = asyncio.all_tasks()
-            clock, priority = node.node.clock, Priority.LOAD
-            loader = Loader(engine, node.node.geometry, observer, priority=priority, limit=2, clock=clock)
-            loading = asyncio.create_task(loader.run(pages()))
-            await asyncio.to_thread(reached.wait, PATIENCE_S)
-            loading.cancel()
-            await asyncio.wait([loading])
-            left = asyncio.all_tasks() - before
-            go_on.set()
-            if left:
-                await asyncio.wait(left)
-            return len(left)
-
-        assert node.run(play()) == 0
-    assert len(store.reads) == 1
 
 
 def test_what_leaves_while_a_load_goes_on_is_brought_again(tmp_path: Path, store: VersionedStore) -> None:
