@@ -91,6 +91,22 @@ class Offer:
         return [name.store_id, name.key, name.version, self.size_bytes, self.extent_index, list(self.blocks)]
 
 
+def offer_of_held(
+    blocks: BlockStore, geometry: Geometry, object_id: ObjectId, size_bytes: int, extent_index: int
+) -> Offer | None:
+    """Return what this node holds of an extent; None if that is nothing."""
+    start = extent_index * geometry.extent_size_bytes
+    span = ByteRange(start, start + geometry.extent_length(size_bytes, extent_index))
+    local = blocks.open_object(object_id.digest(), size_bytes)
+    try:
+        missing = set(local.missing_blocks(span))
+    finally:
+        local.close()
+    held = tuple(block for block in geometry.blocks_of(span) if block not in missing)
+    held_bytes = sum(geometry.block_range(size_bytes, block).length for block in held)
+    return Offer(object_id, size_bytes, extent_index, held, held_bytes) if held else None
+
+
 def offer_from_json(row: object, geometry: Geometry) -> Offer:
     """Return the offer in `row`, which another node sent. Raises UsageError."""
     match row:
@@ -251,17 +267,7 @@ class Handover:
         digest, _, index = name.partition(".")
         if object_id.digest() != digest:  # of an older version
             return None
-        geometry, size_bytes, extent_index = self._parts.geometry, entry.size_bytes, int(index or 0)
-        local = self._parts.blocks.open_object(digest, size_bytes)
-        try:
-            start = extent_index * geometry.extent_size_bytes
-            span = ByteRange(start, start + geometry.extent_length(size_bytes, extent_index))
-            missing = set(local.missing_blocks(span))
-        finally:
-            local.close()
-        blocks = tuple(block for block in geometry.blocks_of(span) if block not in missing)
-        held = sum(geometry.block_range(size_bytes, block).length for block in blocks)
-        return Offer(object_id, size_bytes, extent_index, blocks, held) if blocks else None
+        return offer_of_held(self._parts.blocks, self._parts.geometry, object_id, entry.size_bytes, int(index or 0))
 
     # -- its new owners --------------------------------------------------------------------------------------------
 

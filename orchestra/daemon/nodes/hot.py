@@ -25,10 +25,10 @@ from orchestra.cluster.records import NodeRecord
 from orchestra.config import MountConfig
 from orchestra.daemon.cluster import ClusterNode
 from orchestra.daemon.nodes.calls import NodeCalls
-from orchestra.daemon.nodes.handover import Handover, Offer, offer_from_json
+from orchestra.daemon.nodes.handover import Handover, Offer, offer_from_json, offer_of_held
 from orchestra.engine.engine import Engine
 from orchestra.errors import OrchestraError, UsageError
-from orchestra.values import ByteRange, ObjectId
+from orchestra.values import ObjectId
 
 log = logging.getLogger(__name__)
 
@@ -161,18 +161,8 @@ class HotCopies:
         known = self._objects.get(name)
         if known is None:
             return None
-        (object_id, size_bytes), (digest, index) = known, name
-        geometry = self._parts.geometry
-        start = index * geometry.extent_size_bytes
-        span = ByteRange(start, start + geometry.extent_length(size_bytes, index))
-        local = self._parts.blocks.open_object(digest, size_bytes)
-        try:
-            missing = set(local.missing_blocks(span))
-        finally:
-            local.close()
-        blocks = tuple(block for block in geometry.blocks_of(span) if block not in missing)
-        held = sum(geometry.block_range(size_bytes, block).length for block in blocks)
-        return Offer(object_id, size_bytes, index, blocks, held) if blocks else None
+        object_id, size_bytes = known
+        return offer_of_held(self._parts.blocks, self._parts.geometry, object_id, size_bytes, name[1])
 
     # -- the node that keeps a copy ------------------------------------------------------------------------------------
 
