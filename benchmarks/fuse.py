@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
@@ -73,6 +74,11 @@ from orchestra.units import MIB
 
 # 20,000 random reads of a warm file take 50 ms, which a single interruption changes by a tenth.
 _TURN_S = 0.5
+# Turns of native files and orchestra's mounts alone, for each turn of everybody: the speed of this machine's memory
+# swings by 2x from one second to the next, and only pairs of turns next to one another tell the two apart.
+_PAIRS = 3
+# Pages that were pushed out and read again, above which a turn was not of warm files.
+_REFAULTS_MAX_BYTES = 16 * MIB
 
 
 class FolderMount(OrchestraMount):
@@ -104,20 +110,8 @@ class AutoMount(FolderMount):
     name = "orchestra mount (auto)"
 
 
-class PagecacheMount(FolderMount):
-    name = "orchestra mount (pagecache)"
-    mode = "pagecache"
-
-
-class TwoWorkers(FolderMount):
-    name = "orchestra mount (2 workers)"
-    workers = 2
-
-
-class SmallFilesMount(FolderMount):
-    """Another folder of a mount's node, through which nobody ever looks at a large file: a data set of small ones."""
-
-    name = "orchestra mount (auto), small files only"
+class SecondMount(FolderMount):
+    """Another folder of a mount's node: one daemon and one cache directory for all of them, which the memory holds."""
 
     def __init__(self, beside: FolderMount) -> None:
         self._beside = beside
@@ -125,11 +119,27 @@ class SmallFilesMount(FolderMount):
     def start(self) -> None:
         self.config, self.environment = self._beside.config, self._beside.environment
         self.daemon_pid = self._beside.daemon_pid
-        self.mountpoint = self._beside.folder / "mnt-small"
+        self.mountpoint = self._beside.folder / type(self).__name__
         self.show()
 
     def close(self) -> None:
         self.orchestra("fuse", "umount", str(self.mountpoint))
+
+
+class PagecacheMount(SecondMount):
+    name = "orchestra mount (pagecache)"
+    mode = "pagecache"
+
+
+class SmallFilesMount(SecondMount):
+    """Nobody ever looks at a large file through it: a data set of small ones."""
+
+    name = "orchestra mount (auto), small files only"
+
+
+class TwoWorkers(SecondMount):
+    name = "orchestra mount (2 workers)"
+    workers = 2
 
 
 class Loopback(PeerMount):
@@ -190,12 +200,19 @@ def turns(
 ) -> tuple[dict[str, Timings], float]:
     """Let each do the work `count` times, forwards and then backwards; return the timings and what a turn did.
 
-    Work that may be done again (nothing has to come `before` it) is, until _TURN_S have passed; one time is noted.
+    Work that may be done again (nothing has to come `before` it) is warm: everybody does it once untimed, a turn goes
+    on until _TURN_S have passed (one time is noted), and native files and orchestra's mounts have _PAIRS more turns.
     """
     timings = {contestant.name: Timings() for contestant in contestants}
+    rounds = [list(contestants) for _ in range(count)]
+    if before is None:
+        for contestant in contestants:
+            action(root_of(contestant), sizes)
+        pair = [one for one in contestants if isinstance(one, (Native, FolderMount))]
+        rounds += [pair for _ in range(count * _PAIRS)]
     amount = 0.0
-    for turn in range(count):
-        for contestant in contestants if turn % 2 == 0 else reversed(contestants):
+    for turn, those in enumerate(rounds):
+        for contestant in those if turn % 2 == 0 else reversed(those):
             folder = root_of(contestant)
             if before is not None and not isinstance(contestant, Native):
                 before(folder, sizes)
@@ -257,18 +274,36 @@ def available(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
 def ratio(timings: dict[str, Timings], one: type[Contestant], other: type[Contestant]) -> float | None:
     """Return how much faster a contestant is than another, None if one of them is not there.
 
-    The median of the turns' own ratios: the speed of this machine's memory swings by 2x from one second to the next.
+    The median of the turns' own ratios, of the turns that both had (see _PAIRS).
     """
     if one.name not in timings or other.name not in timings:
         return None
-    pairs = zip(timings[one.name].seconds, timings[other.name].seconds, strict=True)
+    pairs = zip(timings[one.name].seconds, timings[other.name].seconds, strict=False)
     return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
-def _cache_drops() -> int:
-    """How often somebody had the kernel drop its caches since boot; nothing here does."""
-    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    return int(counts["drop_pagecache"]) + int(counts["drop_slab"])
+@dataclass(frozen=True, slots=True)
+class PageCache:
+    """What the kernel did to cached pages since boot."""
+
+    drops: int  # times that somebody had it drop all; nothing here does
+    refault_bytes: int  # pages pushed out for want of memory, and read again
+
+    @classmethod
+    def now(cls) -> PageCache:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        drops = int(counts["drop_pagecache"]) + int(counts["drop_slab"])
+        return cls(drops, int(counts["workingset_refault_file"]) * os.sysconf("SC_PAGE_SIZE"))
+
+    def complaints(self, earlier: PageCache) -> list[str]:
+        """Return what says that files were not warm."""
+        lines = []
+        if self.drops > earlier.drops:
+            lines.append(f"- NOT WARM: caches were dropped {self.drops - earlier.drops} times by somebody")
+        refaults = self.refault_bytes - earlier.refault_bytes
+        if refaults > _REFAULTS_MAX_BYTES:
+            lines.append(f"- NOT WARM: {refaults / MIB:.0f} MiB of pages were pushed out and read again meanwhile")
+        return lines
 
 
 class Report:
@@ -279,7 +314,7 @@ class Report:
         self.sizes = sizes
         self.options = options
         self.state = state
-        self.drops = _cache_drops()
+        self.page_cache = PageCache.now()
 
     def of(self, *kinds: type[Contestant]) -> list[Contestant]:
         """The contestants of these kinds, and the floor."""
@@ -306,9 +341,9 @@ class Report:
         timings, amount = result
         cpu_per = "s/GiB" if unit == "MiB/s" else "us/file"
         table = rate_table(timings, who, amount=amount, unit=unit, cpu_per=cpu_per, base=Native.name)
-        drops, self.drops = _cache_drops() - self.drops, _cache_drops()
-        if drops:
-            lines = [*lines, f"- NOT WARM: somebody else dropped the kernel's caches {drops} times meanwhile"]
+        now = PageCache.now()
+        lines = [*lines, *now.complaints(self.page_cache)]
+        self.page_cache = now
         publish(f"FUSE: {title}", [*table, "", *lines], self.options, self.state)
 
     # -- the works ------------------------------------------------------------------------------------------------
@@ -454,8 +489,7 @@ def main() -> None:
         origin = stack.enter_context(running_origin("--folder", str(native.root)))
         everyone: list[Contestant] = [native]
         auto = AutoMount(folder, origin.url)
-        everyone += [auto, SmallFilesMount(auto)]
-        everyone += [kind(folder, origin.url) for kind in (PagecacheMount, TwoWorkers)]
+        everyone += [auto, *(kind(auto) for kind in (SmallFilesMount, PagecacheMount, TwoWorkers))]
         everyone += [kind(folder, origin.url, native.root) for kind in (Pyfuse3, Mfusepy, Bindfs)]
         everyone += [RcloneMount(folder, origin.url), S3fsFuse(folder, origin.url)]
         who = available(everyone, options.only)
