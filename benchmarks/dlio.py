@@ -5,7 +5,8 @@
 D is filled with `pip install --no-deps --prefix D dlio-benchmark mpi4py mpich hydra-core omegaconf
 antlr4-python3-runtime==4.9.3 h5py Pillow PyYAML pydftracer==1.0.2`, and D/stub with empty modules `tensorflow`,
 `tensorflow.python` and `tensorflow.python.framework.errors`, which DLIO imports and torch workloads leave alone. A turn
-on the mount begins with nothing cached, with `prefetch = "dataset"`; DLIO's order is not known to the node.
+on a mount begins with nothing cached: with `prefetch = "dataset"`, where the node does not know DLIO's order, and with
+the order told to it by one line (dlio_planned.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from common import (
+    HERE,
     common_arguments,
     drop_page_cache,
     machine_state,
@@ -47,19 +51,50 @@ WORKLOADS = {
 }
 
 
+# Full runs of some 40 and 20 seconds.
+FILES = {"unet3d": 256, "resnet50": 1024}
+TRAIN = ("workflow.train=True", "train.epochs=2", "reader.read_threads=2")
+
+
 class DatasetMount(OrchestraMount):
     """The folder, loading itself behind what is read."""
 
-    mount_settings = 'prefetch = "dataset"'
+    name = 'prefetch = "dataset"'
+    mount_settings = name
+    command: tuple[str, ...] = ("-m", "dlio_benchmark.main")
+
+    def surroundings(self) -> Mapping[str, str]:
+        """Return the environment of the training process."""
+        return self.environment | {"BENCH_CONFIG": str(self.config)}
 
 
-def dlio(workload: str, data: Path, out: Path, files: int, *more: str) -> str:
+class PlannedMount(DatasetMount):
+    """The folder, with one line in DLIO."""
+
+    name = "PlannedSampler"
+    mount_settings = 'prefetch = "none"'
+    command = (str(HERE / "dlio_planned.py"),)
+
+
+def dlio(
+    workload: str,
+    data: Path,
+    out: Path,
+    files: int,
+    *more: str,
+    command: tuple[str, ...] = DatasetMount.command,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run DLIO; return what it printed."""
     settings = [*WORKLOADS[workload], f"dataset.data_folder={data}", f"dataset.num_files_train={files}", *more]
     words = [word if word.startswith("workload=") else f"++workload.{word}" for word in settings]
-    command = [sys.executable, "-m", "dlio_benchmark.main", *words, f"hydra.run.dir={out}"]
-    environment = clean_environment() | {"DFTRACER_ENABLE": "0"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        [sys.executable, *command, *words, f"hydra.run.dir={out}"],
+        env={**(environment or clean_environment()), "DFTRACER_ENABLE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if ended.returncode:
         raise SystemExit(f"DLIO failed: {ended.stderr.strip()[-500:]}")
     return ended.stdout + ended.stderr
@@ -73,30 +108,45 @@ def utilization(printed: str) -> float:
     return float(found[1]) / 100
 
 
+def trained(kind: type[DatasetMount], workload: str, folder: Path, files: int) -> float:
+    """Train on a mount that begins with nothing; return the utilisation."""
+    with running_origin("--folder", str(folder / "data"), "--latency-ms", str(LATENCY_MS)) as origin:
+        mount = kind(Path(tempfile.mkdtemp(dir=folder)), origin.url)
+        mount.start()
+        try:
+            printed = dlio(
+                *(workload, mount.mountpoint / BUCKET / workload, folder / "out", files, *TRAIN),
+                command=kind.command,
+                environment=mount.surroundings(),
+            )
+            return utilization(printed)
+        finally:
+            mount.close()
+
+
 def compare(workload: str, folder: Path, files: int, turns: int) -> list[str]:
-    """Train on the local folder and on the mount in turn; return the lines of the result."""
+    """Train on the local folder and on the mounts in turn; return the lines of the result."""
     data, out = folder / "data" / workload, folder / "out"
-    train = ["workflow.train=True", "train.epochs=2", "reader.read_threads=2"]
     dlio(workload, data, out, files, "workflow.generate_data=True", "workflow.train=False")
     local: list[float] = []
-    mounted: list[float] = []
-    for turn in range(turns):
+    mounted: dict[type[DatasetMount], list[float]] = {DatasetMount: [], PlannedMount: []}
+    for _ in range(turns):
         drop_page_cache()
-        local.append(utilization(dlio(workload, data, out, files, *train)))
-        with running_origin("--folder", str(folder / "data"), "--latency-ms", str(LATENCY_MS)) as origin:
-            mount = DatasetMount(folder / f"{workload}{turn}", origin.url)
-            mount.start()
-            try:
-                where = mount.mountpoint / BUCKET / workload
-                mounted.append(utilization(dlio(workload, where, out, files, *train)))
-            finally:
-                mount.close()
-    ratio = statistics.median(mounted) / statistics.median(local)
-    shown = " ".join(f"{one:.3f}" for one in local), " ".join(f"{one:.3f}" for one in mounted)
-    return [
-        f"- {workload}, {files} files: utilisation on a local folder {shown[0]}, on the mount {shown[1]}",
-        verdict(f"{workload}, mount / local folder", ratio, 0.98),
-    ]
+        local.append(utilization(dlio(workload, data, out, files, *TRAIN)))
+        for kind, runs in mounted.items():
+            runs.append(trained(kind, workload, folder, files))
+            print(f"  {workload}, {kind.name}: {runs[-1]:.3f}, local folder {local[-1]:.3f}", file=sys.stderr)
+    lines = [f"- {workload}, {files} files: utilisation on a local folder {shown(local)}"]
+    for kind, runs in mounted.items():
+        lines.append(f"- {workload}, {kind.name}: {shown(runs)}")
+        ratio = statistics.median(runs) / statistics.median(local)
+        lines.append(verdict(f"{workload}, {kind.name} / local folder", ratio, 0.98))
+    return lines
+
+
+def shown(utilizations: list[float]) -> str:
+    """Return them as text."""
+    return " ".join(f"{one:.3f}" for one in utilizations)
 
 
 def main() -> None:
@@ -105,10 +155,11 @@ def main() -> None:
     parser.set_defaults(turns=2)
     options = parser.parse_args()
     refuse_a_busy_machine(options.force or options.quick)
-    state, files, turns = machine_state(), 64 if options.quick else 512, 1 if options.quick else options.turns
+    state, turns = machine_state(), 1 if options.quick else options.turns
+    files = dict.fromkeys(WORKLOADS, 64) if options.quick else FILES
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     with workspace() as folder:
-        lines = [line for workload in WORKLOADS for line in compare(workload, folder, files, turns)]
+        lines = [line for workload in WORKLOADS for line in compare(workload, folder, files[workload], turns)]
     publish(f"DLIO: two epochs, {LATENCY_MS} ms to the store", lines, options, state)
 
 
