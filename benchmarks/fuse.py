@@ -6,20 +6,17 @@ Works: one large file in 1 MiB reads, in random 4 KiB reads and through mmap; ma
 first time (in the cache directory, not in the kernel's page cache of the mount); stat of primed entries; a huge folder
 listed. Loopbacks and bindfs show the native folder again; rclone, s3fs-fuse and orchestra read the same bytes from the
 origin, and have read everything once before. Needs root, and for all rows: bindfs, rclone, s3fs, `pip install mfusepy
-pyfuse3` (with Debian's libfuse3-dev). Owns: works and verdicts. Leaves to others: method (common), who (contestants).
+pyfuse3` (with Debian's libfuse3-dev). Owns: turns and verdicts. Leaves to others: method (common), who
+(fuse_contestants), what is read (fuse_works).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import (
-    HERE,
     Timings,
     common_arguments,
     machine_state,
@@ -38,19 +34,25 @@ from common import (
     verdict,
     workspace,
 )
-from contestants import (
-    Contestant,
-    Native,
-    OrchestraMount,
-    PeerMount,
-    RcloneMount,
-    S3fsFuse,
-    cpu_seconds,
+from contestants import Contestant, Native, RcloneMount, S3fsFuse, cpu_seconds
+from fuse_contestants import (
+    AutoMount,
+    Bindfs,
+    FolderMount,
+    Loopback,
+    Mfusepy,
+    PagecacheMount,
+    Pyfuse3,
+    SmallFilesMount,
+    SmallFolios,
+    TwoWorkers,
+    available,
+    make_native,
+    root_of,
 )
 from fuse_works import (
     ASKED_AT_ONCE,
     READERS,
-    SMALL_SIZE,
     Action,
     Sizes,
     forget_small,
@@ -60,6 +62,7 @@ from fuse_works import (
     mapped,
     prime,
     random_reads,
+    read_in_again,
     read_once,
     sequential,
     small_files,
@@ -67,8 +70,6 @@ from fuse_works import (
     small_files_beside,
     stat_all,
 )
-from origin import BUCKET
-from synthetic import dataset_keys, expected_bytes
 
 from orchestra.units import MIB
 
@@ -79,112 +80,6 @@ _TURN_S = 0.5
 _PAIRS = 3
 # Pages that were pushed out and read again, above which a turn was not of warm files.
 _REFAULTS_MAX_BYTES = 16 * MIB
-
-
-class FolderMount(OrchestraMount):
-    """orchestra's mount of the bucket."""
-
-    workers = 1
-
-    def orchestra(self, *arguments: str) -> str:
-        if arguments[:2] == ("fuse", "mount"):
-            arguments = (*arguments[:2], "--workers", str(self.workers), *arguments[2:])
-        return super().orchestra(*arguments)
-
-    @property
-    def root(self) -> Path:
-        return self.mountpoint / BUCKET
-
-    def workers_now(self) -> list[int]:
-        """Return the processes that answer."""
-        mounts = json.loads(self.orchestra("fuse", "ls", "--json"))
-        return next(list(m["workers"]) for m in mounts if m["folder"] == str(self.mountpoint))
-
-    def peak_memory(self) -> str:
-        """Return the most memory that daemon and workers ever had, and what of it no file backs now."""
-        found = {"daemon": self.daemon_pid} | {f"worker {index}": pid for index, pid in enumerate(self.workers_now())}
-        return ", ".join(f"{name} {_memory_of(pid)}" for name, pid in found.items())
-
-
-class AutoMount(FolderMount):
-    name = "orchestra mount (auto)"
-
-
-class SecondMount(FolderMount):
-    """Another folder of a mount's node: one daemon and one cache directory for all of them, which the memory holds."""
-
-    def __init__(self, beside: FolderMount) -> None:
-        self._beside = beside
-
-    def start(self) -> None:
-        self.config, self.environment = self._beside.config, self._beside.environment
-        self.daemon_pid = self._beside.daemon_pid
-        self.mountpoint = self._beside.folder / type(self).__name__
-        self.show()
-
-    def close(self) -> None:
-        self.orchestra("fuse", "umount", str(self.mountpoint))
-
-
-class PagecacheMount(SecondMount):
-    name = "orchestra mount (pagecache)"
-    mode = "pagecache"
-
-
-class SmallFilesMount(SecondMount):
-    """Nobody ever looks at a large file through it: a data set of small ones."""
-
-    name = "orchestra mount (auto), small files only"
-
-
-class TwoWorkers(SecondMount):
-    name = "orchestra mount (2 workers)"
-    workers = 2
-
-
-class Loopback(PeerMount):
-    """A FUSE file system that shows the native folder again."""
-
-    script = ""
-
-    def __init__(self, workspace: Path, origin_url: str, native: Path) -> None:
-        super().__init__(workspace, origin_url)
-        self.native = native
-
-    def command(self) -> list[str]:
-        return [sys.executable, str(HERE / self.script), str(self.native), str(self.mountpoint)]
-
-
-class Pyfuse3(Loopback):
-    name = "loopback, pyfuse3"
-    script = "loopback_pyfuse3.py"
-
-
-class Mfusepy(Loopback):
-    name = "loopback, mfusepy"
-    script = "loopback_mfusepy.py"
-
-
-class Bindfs(Loopback):
-    name = "bindfs"
-
-    def command(self) -> list[str]:
-        options = "ro,kernel_cache,entry_timeout=3600,attr_timeout=3600"
-        return ["bindfs", "-f", "-o", options, str(self.native), str(self.mountpoint)]
-
-
-def _memory_of(pid: int) -> str:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("VmHWM", "RssAnon"))}
-    return f"{kib['VmHWM'] / 1024:.0f} MiB ({kib['RssAnon'] / 1024:.0f} anonymous)"
-
-
-def root_of(contestant: Contestant) -> Path:
-    """Return the folder in which a contestant shows the data."""
-    if isinstance(contestant, (Native, FolderMount)):
-        return Path(contestant.root)
-    assert isinstance(contestant, PeerMount)
-    return contestant.mountpoint
 
 
 # -- turns -----------------------------------------------------------------------------------------------------------
@@ -208,7 +103,7 @@ def turns(
     if before is None:
         for contestant in contestants:
             action(root_of(contestant), sizes)
-        pair = [one for one in contestants if isinstance(one, (Native, FolderMount))]
+        pair: list[Contestant] = [one for one in contestants if isinstance(one, (Native, SmallFolios, FolderMount))]
         rounds += [pair for _ in range(count * _PAIRS)]
     amount = 0.0
     for turn, those in enumerate(rounds):
@@ -234,41 +129,6 @@ def turns(
 def _own_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def make_native(root: Path, sizes: Sizes) -> None:
-    """Write the same files to the local disk."""
-    for name, count, size in (("big", 1, sizes.large), ("small", sizes.small_count, SMALL_SIZE)):
-        for key in dataset_keys(name, count):
-            path = root / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                for start in range(0, size, 4 * MIB):
-                    file.write(expected_bytes(key, start, min(size, start + 4 * MIB)))
-    for index in range(sizes.stat_count):
-        if index % 10_000 == 0:
-            (root / "stat" / str(index // 10_000)).mkdir(parents=True)
-        os.mknod(f"{root}/stat/{index // 10_000}/{index:06}")
-    (root / "listed").mkdir()
-    for index in range(sizes.listed_count):
-        os.mknod(f"{root}/listed/{index:07}")
-
-
-def available(contestants: Sequence[Contestant], only: str) -> list[Contestant]:
-    """Return who is asked for and installed; say who is not."""
-    programs: dict[type[Contestant], str] = {Bindfs: "bindfs", RcloneMount: "rclone", S3fsFuse: "s3fs"}
-    modules: dict[type[Contestant], str] = {Pyfuse3: "pyfuse3", Mfusepy: "mfusepy"}
-    words = [word.strip() for word in only.split(",") if word.strip()]
-    found: list[Contestant] = []
-    for one in contestants:
-        missing = (type(one) in programs and not shutil.which(programs[type(one)])) or (
-            type(one) in modules and importlib.util.find_spec(modules[type(one)]) is None
-        )
-        if missing:
-            print(f"{one.name} is not installed and left out", file=sys.stderr)
-        elif isinstance(one, Native) or not words or any(word in one.name for word in words):
-            found.append(one)
-    return found
 
 
 def ratio(timings: dict[str, Timings], one: type[Contestant], other: type[Contestant]) -> float | None:
@@ -355,10 +215,14 @@ class Report:
             ("random 4 KiB reads", random_reads, "reads/s", 0.9),
             ("mmap", mapped, "MiB/s", 0.9),
         )
-        who = self.but(TwoWorkers, SmallFilesMount)
+        who = self.but(TwoWorkers, SmallFilesMount, SmallFolios)
+        files = [root_of(one) / large_name() for one in self.of()]
+        files += [one.cached_file(self.sizes.large) for one in self.who if type(one) is AutoMount]
         for title, action, unit, target in works:
             if not self.is_wanted(title):
                 continue
+            for file in files:
+                read_in_again(file)
             result = turns(who, action, self.sizes, self.options.turns)
             lines = _verdicts(
                 (f"mount (auto, passthrough) / native, {title}", ratio(result[0], AutoMount, Native), target)
@@ -379,6 +243,7 @@ class Report:
             result = turns(who, small_files, sizes, count)
             lines = _verdicts(
                 ("mount (pagecache) / native", ratio(result[0], PagecacheMount, Native), 0.95),
+                ("mount (pagecache) / native in folios of 4 KiB", ratio(result[0], PagecacheMount, SmallFolios), 0.95),
                 ("mount (auto) of small files / native", ratio(result[0], SmallFilesMount, Native), 0.6),
                 ("mount (auto) that shows a large file, too / native", ratio(result[0], AutoMount, Native), 0.6),
             )
@@ -393,9 +258,10 @@ class Report:
             result = turns(who, action, self.sizes, self.options.turns, before=forget_small)
             lines = []
             for kind, what in ((SmallFilesMount, " of small files"), (AutoMount, " that shows a large file, too")):
-                bindings = [ratio(result[0], kind, binding) for binding in (Pyfuse3, Mfusepy)]
-                slowest = min((value for value in bindings if value is not None), default=None)
+                slowest = _of_the_best_binding(result[0], kind)
                 lines += _verdicts((f"mount (auto, one worker){what} / the best Python binding", slowest, 2))
+            in_c = _of_the_best_binding(result[0], Bindfs)
+            lines += [f"- bindfs (in C) / the best Python binding: {in_c:.2f}"] if in_c is not None else []
             title = f"{self.sizes.small_count} files of 110 kB, first read, {how}"
             self.publish(title, result, who, "files/s", lines)
 
@@ -460,6 +326,11 @@ def _verdicts(*figures: tuple[str, float | None, float]) -> list[str]:
     return [verdict(name, reached, target) for name, reached, target in figures if reached is not None]
 
 
+def _of_the_best_binding(timings: dict[str, Timings], kind: type[Contestant]) -> float | None:
+    ratios = [ratio(timings, kind, binding) for binding in (Pyfuse3, Mfusepy)]
+    return min((value for value in ratios if value is not None), default=None)
+
+
 def _scaling(timings: dict[str, Timings], count: int, shares: list[float]) -> list[str]:
     """What two workers would do with a core each and one for the reader, by CPU seconds, and what these cores allow."""
     one, two = timings[SmallFilesMount.name], timings[TwoWorkers.name]
@@ -487,7 +358,7 @@ def main() -> None:
         native = Native(folder, "", folder / "native")
         make_native(native.root, sizes)
         origin = stack.enter_context(running_origin("--folder", str(native.root)))
-        everyone: list[Contestant] = [native]
+        everyone: list[Contestant] = [native, SmallFolios(folder, "", sizes.small_count)]
         auto = AutoMount(folder, origin.url)
         everyone += [auto, *(kind(auto) for kind in (SmallFilesMount, PagecacheMount, TwoWorkers))]
         everyone += [kind(folder, origin.url, native.root) for kind in (Pyfuse3, Mfusepy, Bindfs)]
@@ -496,10 +367,12 @@ def main() -> None:
         for one in who:
             one.start()
             stack.callback(one.close)
-            if not isinstance(one, (Native, SmallFilesMount, TwoWorkers)):  # see that it is right; these met none
+            if not isinstance(
+                one, (Native, SmallFolios, SmallFilesMount, TwoWorkers)
+            ):  # see that it is right; these met none
                 command = ["cmp", str(root_of(one) / large_name()), str(native.root / large_name())]
                 subprocess.run(command, check=True)
-            if not isinstance(one, Native):
+            if not isinstance(one, (Native, SmallFolios)):
                 read_once(root_of(one), sizes)
         report = Report(who, sizes, options, state)
         report.large()

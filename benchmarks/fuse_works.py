@@ -143,6 +143,20 @@ def read_once(root: Path, sizes: Sizes) -> None:
     small_files_beside(root, sizes, _PRIMERS)
 
 
+def read_in_again(path: Path) -> None:
+    """Have a file's pages come from the disk, as after a restart.
+
+    How large the page cache's folios are depends on how a file was written (in parts of 4 MiB or of 64 KiB: mmap at
+    16 or at 8 GB/s here), which must not differ between those that are compared.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    os.fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    while os.readv(fd, [_BUFFER]):
+        pass
+    os.close(fd)
+
+
 def forget_small(root: Path, sizes: Sizes) -> None:
     """Drop the kernel's pages of the files as the mount shows them, not those that they are made from."""
     for name in dataset_keys("small", sizes.small_count):
