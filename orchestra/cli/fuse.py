@@ -22,7 +22,7 @@ from orchestra.client.process import foreign_owner
 from orchestra.config_mounts import uri_without_password
 from orchestra.errors import MountError, OrchestraError, UsageError
 from orchestra.fuse import background, mount, registry
-from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, WORKERS_MAX, Mode, MountOptions
+from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB, READ_AHEAD_KIB_MAX, WORKERS_MAX, Mode, MountOptions
 from orchestra.units import KIB, parse_duration_s, parse_size_bytes
 
 # After unmounting the process has a moment's work; beyond this something holds it, and the user may as well know.
@@ -41,14 +41,17 @@ class _Duration(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
-class _Size(click.ParamType[int]):
+class _ReadAhead(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
-            return parse_size_bytes(value)
+            size_bytes = parse_size_bytes(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if size_bytes > READ_AHEAD_KIB_MAX * KIB:
+            self.fail(f"{value!r} is more than 1GiB, which each reader would have in memory", param, ctx)
+        return size_bytes
 
 
 class _Octal(click.ParamType[int]):
@@ -84,7 +87,7 @@ def fuse_group() -> None:
 @click.option("--umask", type=_Octal(), default=0, help="Permissions to take away from 0555 and 0444.")
 @click.option("--attr-timeout", type=_Duration(), help="How long the kernel may keep names; default: freshness.")
 @click.option("--entry-timeout", type=_Duration(), help="The same (a file's attributes belong to its version).")
-@click.option("--read-ahead", type=_Size(), help="How far the kernel reads ahead (root only).  [default: 2MiB]")
+@click.option("--read-ahead", type=_ReadAhead(), help="How far the kernel reads ahead (root only).  [default: 2MiB]")
 @click.option(
     "--option",
     "store_options",

@@ -45,7 +45,7 @@ class MountedFolder:
 def parse_mountinfo(text: str) -> list[MountedFolder]:
     """Return the mounts in the order they were made."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a folder's name may have what str.splitlines takes for a line's end
         left, _, right = line.partition(" - ")
         fields, tail = left.split(" "), right.split(" ")
         if len(fields) >= 6 and len(tail) >= 2:

@@ -47,6 +47,8 @@ WRITE_BYTES_MAX = 4096
 assert REQUEST_BYTES_MAX >= WRITE_BYTES_MAX + 4096, "the kernel answers EINVAL to reads into a smaller buffer"
 # Two requests in flight for a sequential reader, so that the reader copies one while the other is filled.
 READ_AHEAD_KIB = 2048
+# As much as this is asked for at once, and kept in memory, for each reader of a large file.
+READ_AHEAD_KIB_MAX = 1024 * 1024
 # Handles kept open for reads in progress; each is one or two descriptors.
 HANDLES_MAX = 256
 # Without RELEASE nobody says that a file is done with, and an evicted extent occupies its disk until it is closed:

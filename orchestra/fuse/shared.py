@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -33,7 +34,8 @@ REDO_KIND, REDO_RECORD, REDO_FIELD, REDO_VALUE, REDO_CELL, REDO_UNIQUE, REDO_NOT
 REDO_NONE, REDO_ONE, REDO_BATCH = range(3)
 LARGE_BYTES = 15
 FREE = 16  # the first free record of each size class
-INCARNATION = 32  # one word a slot: how many workers have served it
+INCARNATION = 32  # one word a slot: how many workers have served it, and RETIRED if the last of them has ended
+RETIRED = 1 << 63
 _HEADER_WORDS = 512
 # Chained, so never rebuilt: 2 MiB, 4 records a chain at a million inodes.
 BUCKET_COUNT = 1 << 18
@@ -98,7 +100,7 @@ class SharedMemory:
 
     def begin(self, slot: int) -> int:
         """Count a new worker of a slot and empty its bank; return the bank's first word."""
-        incarnation = self.words[INCARNATION + slot] + 1
+        incarnation = self.workers_of(slot) + 1
         bank = bank_start(slot, incarnation)
         empty = memoryview(bytes(_BANK_WORDS * WORD_BYTES)).cast("Q")
         self.words[bank : bank + _BANK_WORDS] = empty
@@ -107,15 +109,16 @@ class SharedMemory:
 
     def workers_of(self, slot: int) -> int:
         """How many workers a slot has had."""
-        return self.words[INCARNATION + slot]
+        return self.words[INCARNATION + slot] & ~RETIRED
 
     def dead_banks(self) -> list[int]:
         """The banks that no living worker writes."""
         found = []
         for slot in range(WORKERS_MAX):
-            incarnation = self.words[INCARNATION + slot]
+            incarnation = self.workers_of(slot)
             oldest = max(1, incarnation - BANK_COUNT + 1)
-            found += [bank_start(slot, dead) for dead in range(oldest, incarnation)]
+            next_to_live = incarnation + (self.words[INCARNATION + slot] >= RETIRED)
+            found += [bank_start(slot, dead) for dead in range(oldest, next_to_live)]
         return found
 
     # -- records --------------------------------------------------------------------------------------------------
@@ -249,6 +252,19 @@ def _closed(at: int, value: int) -> None:
 def create() -> int:
     """Make the memory; return its descriptor."""
     return os.memfd_create("orchestra-fuse", os.MFD_CLOEXEC)
+
+
+def read_word(descriptor: int, at: int) -> int:
+    """Return a word of the memory, for who does not map it."""
+    return int.from_bytes(os.pread(descriptor, WORD_BYTES, at * WORD_BYTES), sys.byteorder)
+
+
+def retire(descriptor: int, slot: int) -> None:
+    """Say that the worker of a slot has ended, so that others may settle what it left before it has a successor."""
+    at = INCARNATION + slot
+    word = read_word(descriptor, at)
+    if word:
+        os.pwrite(descriptor, (word | RETIRED).to_bytes(WORD_BYTES, sys.byteorder), at * WORD_BYTES)
 
 
 def slot_start(slot: int) -> int:

@@ -4,9 +4,10 @@ Owns: that there is a worker for every slot as long as the mount lives, and how 
 knows no path, and imports neither client nor session, so that little can happen to it. Leaves to others: mounting and
 becoming this (launch.py), serving (worker.py), processes (children.py).
 
-One more worker than slots stands by with everything imported, so that a killed one is replaced within milliseconds. If
-we die, the workers' control sockets end: they detach the folder and serve what is open to its end. SIGTERM and SIGINT
-end the mount, SIGHUP exchanges this program and then the workers, one after the other, for those on the disk now.
+One more worker than slots stands by with everything imported, so that a killed one is replaced within milliseconds.
+When more die than stand by, those who live answer for them, and who is missing is started, one after the other. If we
+die, the workers' control sockets end: they detach the folder and serve what is open to its end. SIGTERM and SIGINT end
+the mount, SIGHUP exchanges this program and then the workers, one by one, for those on the disk now.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any
 
 from orchestra.clock import SystemClock
 from orchestra.errors import MountError
-from orchestra.fuse import children, mount, registry, watcher
+from orchestra.fuse import children, mount, registry, shared, watcher
 from orchestra.fuse.background import ReadyPipe
 from orchestra.fuse.children import Child
-from orchestra.fuse.options import DRAIN_S
-from orchestra.fuse.protocol import DEV_IOC_CLONE
+from orchestra.fuse.options import DRAIN_S, READ_AHEAD_KIB
+from orchestra.fuse.protocol import DEV_IOC_CLONE, InitFlag, resend_message
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ QUICK_DEATHS_MAX = 20
 _QUICK_NS = 1_000_000_000
 # The first spare is started when the mount's own start is over; it costs half a second of a core.
 _SPARE_AFTER_S = 2.0
-_SPARE_RETRY_S = 30.0
+_SPARE_RETRY_S = 30.0  # where it ended by itself
+# The watcher does nothing, so that only somebody's SIGKILL or a broken installation ends it.
+_WATCHER_AFTER_S = 1.0
 _UNMOUNTED, _DETACHED, _BUSY, _NOT_UNMOUNTED = b"U", b"D", b"B", b"N"
 
 
@@ -57,7 +60,8 @@ class Plan:
     ready_fd: int | None = None
     greeting: str | None = None  # printed when the mount is ready
     alive_fd: int = -1
-    watcher_pid: int = 0
+    watched_fd: int = -1  # the other end of `alive_fd`, for the next watcher
+    watcher_pid: int = 0  # 0: somebody killed it, and the next one is to be started
     running: tuple[dict[str, Any], ...] = ()
 
     @classmethod
@@ -86,6 +90,8 @@ class Supervisor:
         self._quick_deaths = 0
         self._spare_at_ns: int | None = None
         self._kill_at_ns: int | None = None
+        self._watcher_fd = -1
+        self._watcher_at_ns: int | None = None
         self._wakeup, self._wakeup_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -107,11 +113,9 @@ class Supervisor:
         return self._status
 
     def _begin(self) -> None:
-        ours, alive_fd = os.pipe2(os.O_CLOEXEC)
-        command = [sys.executable, "-I", "-S", str(watcher.__file__), self._plan.target, self._plan.device]
-        pid = children.spawn(command, [], stdin=ours)
-        os.close(ours)
-        self._plan = replace(self._plan, alive_fd=alive_fd, watcher_pid=pid)
+        watched_fd, alive_fd = os.pipe2(os.O_CLOEXEC)
+        self._plan = replace(self._plan, alive_fd=alive_fd, watched_fd=watched_fd)
+        self._start_watcher()
         self._vacant = [0]
         for _ in self._plan.device_fds:
             self._start_one()
@@ -126,6 +130,10 @@ class Supervisor:
             self._children.remove(child)
         self._outdated = {child for child in self._children if child.slot is not None}
         self._plan = replace(self._plan, running=())
+        if self._plan.watcher_pid:
+            self._watcher_fd = os.pidfd_open(self._plan.watcher_pid)
+        elif self._plan.watched_fd >= 0:
+            self._start_watcher()
         self._start_one()
 
     def _finish(self) -> None:
@@ -135,7 +143,8 @@ class Supervisor:
         with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher
             os.write(self._plan.alive_fd, b".")
         os.close(self._plan.alive_fd)
-        os.waitpid(self._plan.watcher_pid, 0)
+        if self._plan.watcher_pid:
+            os.waitpid(self._plan.watcher_pid, 0)
 
     # -- what happens ---------------------------------------------------------------------------------------------
 
@@ -148,6 +157,8 @@ class Supervisor:
             by_fd[child.pidfd] = by_fd[child.control.fileno()] = child
             poll.register(child.pidfd, select.POLLIN)
             poll.register(child.control, select.POLLIN)
+        if self._plan.watcher_pid:
+            poll.register(self._watcher_fd, select.POLLIN)
         ready = {fd for fd, _ in poll.poll(self._timeout_ms())}
         for fd in ready & by_fd.keys():
             child = by_fd[fd]
@@ -156,21 +167,26 @@ class Supervisor:
                     self._on_message(child, message)
         for child in [by_fd[fd] for fd in ready & by_fd.keys() if by_fd[fd].pidfd == fd]:
             self._on_death(child)
+        if self._plan.watcher_pid and self._watcher_fd in ready:
+            self._on_watcher_death()
         if self._wakeup in ready:
             for event in os.read(self._wakeup, 64):
                 self._on_event(event)
         self._on_time()
 
     def _timeout_ms(self) -> int | None:
-        moments = [moment for moment in (self._spare_at_ns, self._kill_at_ns) if moment is not None]
+        timers = (self._spare_at_ns, self._kill_at_ns, self._watcher_at_ns)
+        moments = [moment for moment in timers if moment is not None]
         return max(0, (min(moments) - self._clock.now_ns()) // 1_000_000 + 1) if moments else None
 
     def _on_time(self) -> None:
         now_ns = self._clock.now_ns()
         if self._spare_at_ns is not None and now_ns >= self._spare_at_ns:
             self._spare_at_ns = None
-            if not self._is_ending and not any(child.slot is None for child in self._children):
-                self._start_one()
+            self._start_missing()
+        if self._watcher_at_ns is not None and now_ns >= self._watcher_at_ns:
+            self._watcher_at_ns = None
+            self._start_watcher()
         if self._kill_at_ns is not None and now_ns >= self._kill_at_ns:
             self._kill_at_ns = None
             self._kill_all()
@@ -178,10 +194,12 @@ class Supervisor:
     def _on_message(self, child: Child, message: dict[str, Any]) -> None:
         if "standby" in message:
             child.is_standing_by = True
+            child.calm()
             self._fill_vacancies()
             self._announce_if_full()
             if child.slot is None and self._outdated:
                 self._outdated.pop().kill()  # its death gives the slot to this one
+            self._start_missing()
         elif "note" in message:
             if self._ready_pipe is not None:
                 self._ready_pipe.note(str(message["note"]))
@@ -190,6 +208,7 @@ class Supervisor:
             self._vacant += range(1, len(self._plan.device_fds))
             self._fill_vacancies()
             self._announce_if_full()
+            self._start_missing()
         elif "error" in message:
             log.error("%s", message["error"])
             if not self._is_announced:
@@ -200,13 +219,21 @@ class Supervisor:
         if self._is_announced or not self._is_ready or self._vacant:
             return
         self._is_announced = True
-        mount.raise_read_ahead(self._plan.target, self._plan.read_ahead_kib)
+        self._raise_read_ahead()
         self._write_record()
         if self._ready_pipe is not None:
             self._ready_pipe.ready()
         if self._plan.greeting is not None:
             os.write(1, self._plan.greeting.encode("utf-8", "surrogateescape") + b"\n")
         self._spare_at_ns = self._clock.now_ns() + int(_SPARE_AFTER_S * 1e9)
+
+    def _raise_read_ahead(self) -> None:
+        wanted_kib = self._plan.read_ahead_kib
+        if mount.raise_read_ahead(self._plan.target, wanted_kib) is None and wanted_kib != READ_AHEAD_KIB:
+            sentence = "the kernel's read-ahead stays as it is: only root can set --read-ahead"
+            log.warning("%s", sentence)
+            if self._ready_pipe is not None:
+                self._ready_pipe.note(sentence)
 
     def _on_death(self, child: Child) -> None:
         for message in child.hear():
@@ -222,7 +249,8 @@ class Supervisor:
             if self._vacant:
                 self._note_death(quick=True, slot=None)
             self._outdated.clear()  # an upgrade whose program does not start is given up
-            self._spare_at_ns = self._clock.now_ns() + int(_SPARE_RETRY_S * 1e9)
+            after_s = _SPARE_AFTER_S if status == -signal.SIGKILL else _SPARE_RETRY_S
+            self._spare_at_ns = self._clock.now_ns() + int(after_s * 1e9)
         elif status == 0:
             self._is_ending = True  # the kernel has no more requests: unmounted
             for other in self._children:
@@ -231,8 +259,15 @@ class Supervisor:
         else:
             if not was_outdated:
                 log.warning("worker %d of %s ended with status %d", child.pid, self._plan.target, status)
+            if self._is_announced and not self._can_resend():
+                self._fail(f"this kernel cannot send again what a worker of {self._plan.target} held: it was unmounted")
+                return
             lived_ns = self._clock.now_ns() - child.serving_since_ns
             self._note_death(quick=lived_ns < _QUICK_NS, slot=child.slot)
+
+    def _can_resend(self) -> bool:
+        """Whether the kernel is Linux 6.9 or later: what the dead held would else be waited for for ever."""
+        return bool(shared.read_word(self._plan.memory_fd, shared.INIT_FLAGS) & InitFlag.HAS_RESEND)
 
     def _note_death(self, *, quick: bool, slot: int | None) -> None:
         self._quick_deaths = self._quick_deaths + 1 if quick else 0
@@ -240,16 +275,40 @@ class Supervisor:
             self._fail(f"the workers of {self._plan.target} die as soon as they are started: it was unmounted")
             return
         if slot is not None:
+            shared.retire(self._plan.memory_fd, slot)
             self._vacant.append(slot)
         self._fill_vacancies()
-        self._start_one()
+        if slot in self._vacant and any(child.slot is not None for child in self._children):
+            with contextlib.suppress(OSError):  # the mount is gone
+                os.write(self._plan.device_fds[0], resend_message())  # to those who live
+        self._start_missing()
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def _start_one(self) -> None:
+    def _start_missing(self) -> None:
+        """See that one is being started while a slot is vacant or nobody stands by. One at a time: together all of them
+        would be late on a busy machine, and one is enough to answer."""
+        if self._is_ending:
+            return
+        try:
+            self._start_missing_one()
+        except OSError as error:  # no memory or no descriptor for one more process
+            log.warning("no worker of %s can be started now: %s", self._plan.target, error.strerror)
+            self._spare_at_ns = self._clock.now_ns() + int(_SPARE_AFTER_S * 1e9)
+
+    def _start_missing_one(self) -> None:
+        others = [child for child in self._children if child.slot is None]
+        is_spare_due = self._is_announced and self._spare_at_ns is None
+        if all(child.is_standing_by for child in others) and (self._vacant or (is_spare_due and not others)):
+            others.append(self._start_one())
+        if self._is_announced and len(others) == len(self._children):  # nobody answers
+            others[0].hasten()
+
+    def _start_one(self) -> Child:
         plan = self._plan
         descriptors = [*plan.device_fds, plan.memory_fd, plan.alive_fd]
         self._children.append(children.start(plan.command, descriptors))
+        return self._children[-1]
 
     def _fill_vacancies(self) -> None:
         """Give the slots that nobody serves to those who stand by."""
@@ -286,6 +345,22 @@ class Supervisor:
     def _kill_all(self) -> None:
         for child in self._children:
             child.kill()
+
+    # -- the watcher ----------------------------------------------------------------------------------------------
+
+    def _start_watcher(self) -> None:
+        plan = self._plan
+        command = [sys.executable, "-I", "-S", str(watcher.__file__), plan.target, plan.device]
+        self._plan = replace(plan, watcher_pid=children.spawn(command, [], stdin=plan.watched_fd))
+        self._watcher_fd = os.pidfd_open(self._plan.watcher_pid)
+
+    def _on_watcher_death(self) -> None:
+        os.waitpid(self._plan.watcher_pid, 0)
+        os.close(self._watcher_fd)
+        self._plan = replace(self._plan, watcher_pid=0)
+        log.warning("the watcher of %s was killed: starting another", self._plan.target)
+        if self._plan.watched_fd >= 0:  # unless an earlier program began this mount, and kept no end of the pipe
+            self._watcher_at_ns = self._clock.now_ns() + int(_WATCHER_AFTER_S * 1e9)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -363,6 +438,9 @@ class Supervisor:
 
     def _become_new(self) -> None:
         """Run the program that is on the disk now in this process, with everything that we hold."""
+        if not self._can_resend():
+            log.error("workers can be exchanged on Linux 6.9 and later: mount %s anew", self._plan.target)
+            return
         plan = replace(
             self._plan, ready_fd=None, greeting=None, running=tuple(child.state() for child in self._children)
         )
@@ -373,7 +451,7 @@ class Supervisor:
 
 
 def _held_by(plan: Plan) -> list[int]:
-    return [fd for fd in (*plan.device_fds, plan.memory_fd, plan.alive_fd) if fd >= 0]
+    return [fd for fd in (*plan.device_fds, plan.memory_fd, plan.alive_fd, plan.watched_fd) if fd >= 0]
 
 
 def command_of(plan: Plan) -> list[str]:

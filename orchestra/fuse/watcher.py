@@ -40,7 +40,7 @@ def abort(folder: str, device: str) -> None:
     with open("/proc/self/mountinfo", "rb") as table:  # noqa: PTH123 - pathlib is not loaded here
         rows = [line.split(b" ") for line in table]
     # A number is not used again while its mount is there.
-    shown = os.fsencode(folder).replace(b" ", b"\\040")
+    shown = b"".join(b"\\%03o" % byte if byte in b" \t\n\\" else bytes((byte,)) for byte in os.fsencode(folder))
     if any(row[2] == device.encode() and row[4] == shown for row in rows):
         with contextlib.suppress(OSError), open(f"{_CONNECTIONS}/{device.split(':')[1]}/abort", "wb") as control:  # noqa: PTH123
             control.write(b"1")

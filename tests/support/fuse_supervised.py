@@ -2,7 +2,8 @@
 
 Run as a script it is a worker (`worker FOLDER GATE OPTIONS CONTROL_FD`) or becomes the supervisor (`mount ...`).
 `Supervised` is the test's end. A worker's slow calls for paths with "slow" in them report on a pipe, with the worker's
-pid, and then wait for a lock file, so that a test knows which process holds a request when it kills it.
+pid, and then wait for a lock file, so that a test knows which process holds a request when it kills it. The start of a
+worker waits for another, so that a test knows who is there.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -65,6 +66,7 @@ class Supervised:
         os.mkfifo(self.gate / "held")
         self._held = os.open(self.gate / "held", os.O_RDWR)
         self._lock = (self.gate / "lock").open("w")
+        self._starts = (self.gate / "starts").open("w")
         self.environment = {**os.environ, "XDG_STATE_HOME": str(root / "state")}
         os.environ["XDG_STATE_HOME"] = self.environment["XDG_STATE_HOME"]
         command = [sys.executable, __file__, "mount", str(folder), str(self.gate), json.dumps(options)]
@@ -87,22 +89,16 @@ class Supervised:
         ]
 
     def wait_child_count(self, count: int) -> None:
-        """Wait until the supervisor has so many processes; it says nothing of them, so this looks again and again."""
-        poll = select.poll()
-        for _ in range(600):
-            if len(self.children()) == count:
-                return
-            poll.poll(100)
-        raise AssertionError(f"expected {count} children, found {self.children()}")
+        """Wait until the supervisor has so many processes."""
+        wait_until(lambda: len(self.children()) == count)
 
-    @contextmanager
-    def closed_gate(self) -> Iterator[None]:
+    def closed_gate(self) -> AbstractContextManager[None]:
         """Hold every slow call in it."""
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+        return _held(self._lock)
+
+    def closed_starts(self) -> AbstractContextManager[None]:
+        """Hold every start of a worker in it."""
+        return _held(self._starts)
 
     def wait_held(self) -> tuple[int, str]:
         """Wait for the next slow call; return (pid of the worker, path)."""
@@ -134,7 +130,27 @@ class Supervised:
         os.close(self._held)
         self._held = -1
         self._lock.close()
+        self._starts.close()
         return status
+
+
+@contextmanager
+def _held(lock: IO[str]) -> Iterator[None]:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for something that nobody tells of: look again and again."""
+    poll = select.poll()
+    for _ in range(200):
+        if is_so():
+            return
+        poll.poll(100)
+    raise AssertionError("it did not come to that")
 
 
 def kill(pid: int) -> None:
@@ -156,6 +172,8 @@ def main() -> None:
     options = MountOptions(**json.loads(text))
     if role == "worker":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with Path(gate, "starts").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
         serve_slot(client, options, int(rest[0]))
         return
     target, workers = rest

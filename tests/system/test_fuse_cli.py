@@ -202,6 +202,8 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(site: Site) -> None:
         (["mount", "--mode", "fast", "a target"], 2, "'auto', 'passthrough', 'pagecache'"),
         (["mount", "--umask", "9", "a target"], 2, "three octal digits"),
         (["mount", "--attr-timeout", "soon", "a target"], 2, "such as 60s"),
+        (["mount", "--read-ahead", "1TiB", "a target"], 2, "is more than 1GiB"),
+        (["mount", "--read-ahead", "-1", "a target"], 2, "such as 10GiB"),
         (["mount", "a", "b", "c"], 2, "expected [PATH or URI] FOLDER"),
         (["mount"], 2, "FOLDER"),
         (["umount", "a target"], 1, "nothing is mounted on"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -12,9 +13,9 @@ from typing import Protocol
 
 import pytest
 
-from orchestra.fuse import mount, registry
+from orchestra.fuse import mount, registry, shared
 from tests.support.fuse_mounts import needs_fuse
-from tests.support.fuse_supervised import Supervised, beside, kill
+from tests.support.fuse_supervised import Supervised, beside, kill, wait_until
 
 pytestmark = [pytest.mark.system, needs_fuse]
 
@@ -181,12 +182,99 @@ def test_deaths_in_a_row_leave_the_inode_table_exact(make: Mount, folder: Path) 
         assert (mounted.target / "d" / "f07").read_bytes() == b"7"
 
 
-def test_who_stands_by_is_replaced_too(make: Mount) -> None:
-    """With worker and spare both killed the mount takes longer, and goes on."""
+def test_what_a_killed_worker_held_goes_to_one_that_lives(make: Mount) -> None:
+    """With nobody to stand by, the other worker has it sent again; nobody waits for the start of a third."""
+    mounted = make(workers=2)
+    os.stat(mounted.target / "slow")
+    mounted.wait_held()
+    with mounted.closed_starts(), mounted.closed_gate():
+        for pid in set(mounted.children()[1:]) - set(mounted.workers):
+            kill(pid)  # who stood by, or was about to
+        reading = beside((mounted.target / "slow").read_bytes)
+        holder, _ = mounted.wait_held()
+        (other,) = set(mounted.workers) - {holder}
+        kill(holder)
+        assert mounted.wait_held() == (other, "/slow")
+    assert reading.result(60) == b"slow" * 10_000
+
+
+def test_workers_and_who_stands_by_killed_at_once_are_started_one_by_one(make: Mount) -> None:
+    """One is enough to answer, and is there soonest if it is alone and goes before all other programs; in the end there
+    are as many as there were."""
+    mounted = make(workers=2)
+    mounted.wait_child_count(4)
+    watcher, *workers = mounted.children()
+    with mounted.closed_starts():
+        reading = beside((mounted.target / "small").read_bytes)
+        for pid in workers:
+            kill(pid)
+        wait_until(lambda: len(mounted.children()) == 2 and not set(workers) & set(mounted.children()))
+        found, starting = mounted.children()
+        assert found == watcher
+        wait_until(lambda: os.getpriority(os.PRIO_PROCESS, starting) == -20)
+    assert reading.result(60) == b"small" * 10_000
+    mounted.wait_child_count(4)
+    wait_until(lambda: starting in mounted.workers)
+    assert os.getpriority(os.PRIO_PROCESS, starting) == os.getpriority(os.PRIO_PROCESS, mounted.process.pid)
+
+
+def test_where_the_kernel_cannot_send_again_a_death_ends_the_mount(make: Mount) -> None:
+    """Before Linux 6.9: a reader gets an error instead of waiting for ever, and the folder is a plain one."""
     mounted = make()
-    for pid in mounted.children()[1:]:  # the first is the watcher
-        kill(pid)
+    os.stat(mounted.target / "slow")
+    mounted.wait_held()
+    descriptors = Path(f"/proc/{mounted.process.pid}/fd")
+    memory = next(fd for fd in descriptors.iterdir() if "memfd:orchestra-fuse" in os.readlink(fd))
+    with memory.open("r+b") as words:
+        words.seek(shared.INIT_FLAGS * shared.WORD_BYTES)
+        words.write(bytes(shared.WORD_BYTES))
+    with mounted.closed_gate():
+        reading = beside((mounted.target / "slow").read_bytes)
+        holder, _ = mounted.wait_held()
+        kill(holder)
+        with pytest.raises(OSError) as caught:
+            reading.result(60)
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert mounted.process.wait(60) == 1
+    assert not mounted.is_mounted()
+
+
+def test_who_stood_by_is_replaced(make: Mount) -> None:
+    """Soon, as the next death may come soon."""
+    mounted = make()
+    mounted.wait_child_count(3)
+    _, *both = mounted.children()
+    (spare,) = set(both) - set(mounted.workers)
+    kill(spare)
+    wait_until(lambda: len(set(mounted.children()) - {spare}) == 3)
+
+
+def test_a_killed_watcher_is_replaced(make: Mount) -> None:
+    """The next one is as good, also after an upgrade: it detaches the folder when all others are killed."""
+    mounted = make()
+    with registry.opened_pids(mounted.workers) as pidfds:
+        mounted.process.send_signal(signal.SIGHUP)
+        assert registry.wait_all_ended(pidfds, 60)
+    for _ in range(2):
+        watcher = _watcher_of(mounted)
+        kill(watcher)
+        wait_until(lambda killed=watcher: _watcher_of(mounted) not in (0, killed))  # type: ignore[misc]
     assert (mounted.target / "small").read_bytes() == b"small" * 10_000
+    watcher = _watcher_of(mounted)
+    os.kill(mounted.process.pid, signal.SIGSTOP)
+    for pid in {*mounted.children(), mounted.process.pid} - {watcher}:
+        os.kill(pid, signal.SIGKILL)
+    _wait_detached(mounted.target)
+    _wait_gone(watcher)
+
+
+def _watcher_of(mounted: Supervised) -> int:
+    """Its pid, 0 if there is none."""
+    for pid in mounted.children():
+        with contextlib.suppress(OSError):
+            if b"watcher.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return 0
 
 
 def test_a_killed_supervisor_leaves_no_mount_and_open_files_go_on(make: Mount) -> None:

@@ -175,6 +175,16 @@ def test_an_aborted_connection_ends_the_process_and_the_mount(make: MakeServer, 
     assert not server.is_mounted()
 
 
+def test_the_watcher_ends_the_connection_of_a_folder_of_any_name(make: MakeServer, folder: Path) -> None:
+    """As the kernel spells it in mountinfo: blanks and backslashes are escaped, other ends of lines are not."""
+    server = make(folder, "a\tb c\n\\040\x0c\x85\u2028")
+    mounted = mount.mount_at(str(server.target))
+    assert mounted is not None
+    watcher.abort(str(server.target), mounted.device)
+    assert server.process.wait(20) == 0
+    assert not server.is_mounted()
+
+
 def test_the_read_ahead_of_a_mount_is_raised(make: MakeServer, folder: Path) -> None:
     """The kernel's 128 KiB would make four requests of every MiB."""
     server = make(folder, read_ahead_kib=3072)

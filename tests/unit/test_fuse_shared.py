@@ -29,8 +29,8 @@ def _file(path: str, version: str = "1") -> Entry:
 class _Workers:
     """Workers of one slot, one after the other, on one memory."""
 
-    def __init__(self) -> None:
-        self.memory_fd = shared.create()
+    def __init__(self, memory_fd: int | None = None) -> None:
+        self.memory_fd = shared.create() if memory_fd is None else memory_fd
         self.table = self.next()
 
     def next(self) -> InodeTable:
@@ -203,6 +203,29 @@ def test_two_workers_that_live_share_numbers() -> None:
     assert two.forget(told, 1) is not None
     assert one.load(told) is None
     assert one.remember(_file("/a"), 6).nodeid != told
+
+
+def test_what_a_killed_worker_counted_another_settles_once_it_is_known_to_have_ended() -> None:
+    """Killed at every store, and before it has a successor; while it may live nobody touches what it counted."""
+    for stores in range(100):
+        memory_fd = shared.create()
+        path = f"/proc/self/fd/{memory_fd}"
+        workers = _Workers(memory_fd)
+        living = InodeTable(_ROOT, SharedMemory(memory_fd, size_bytes=_SIZE), slot=1, lock_path=path)
+        workers.table.remember(_file("/other"), 2)
+        finished = workers.run(lambda table: table.remember(_file("/a"), 4), stores=stores)
+        living.settle(4 | RESENT_BIT)
+        assert not finished or _counted(living) == {"/a 1": 1, "/other 1": 1}
+        shared.retire(memory_fd, 0)
+        living.settle(4 | RESENT_BIT)
+        living.remember(_file("/a"), 4 | RESENT_BIT)
+        assert _counted(living) == {"/a 1": 1, "/other 1": 1}
+        workers.next()
+        living.settle(2 | RESENT_BIT)  # its successor is another, and the old one's counts can still be settled
+        assert _counted(living) == {"/a 1": 1}
+        if finished:
+            return
+    raise AssertionError("the look-up did not end")
 
 
 _STEP = st.tuples(st.sampled_from("abcd"), st.sampled_from("12"), st.integers(0, 2), st.integers(0, 25))
