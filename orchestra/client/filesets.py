@@ -88,6 +88,8 @@ def find_files(
         ids: list[Any] = [name.removesuffix(suffix) for name in names]
         paths = [_join(root, name) for name in names]
     else:
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise UsageError(f"expected a folder or a list of paths or IDs (partition['train']), got {_kind(source)}")
         ids = list(source)
         paths = [_join(os.fspath(folder), f"{one}{suffix}") for one in ids]
     return FileSet(PackedNames(paths), _labels_of(ids, labels), classes)
@@ -114,6 +116,10 @@ def _join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
+def _kind(thing: object) -> str:
+    return type(thing).__name__
+
+
 def _labels_of(ids: Sequence[Any], labels: Any) -> Sequence[Any] | None:
     if labels is None:
         return None
@@ -122,6 +128,8 @@ def _labels_of(ids: Sequence[Any], labels: Any) -> Sequence[Any] | None:
         if missing is not None:
             raise UsageError(f"labels: none for {missing!r}")
         found = [labels[one] for one in ids]
+    elif isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise UsageError(f"labels: expected a dictionary by ID or a label for each file, got {_kind(labels)}")
     else:
         found = list(labels)
         if len(found) != len(ids):

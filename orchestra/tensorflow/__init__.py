@@ -42,9 +42,11 @@ def file_dataset(
     `shard=(index, count)` keeps every count-th file, before anything is read; tf.distribute may shard the dataset
     instead (by data, which is its policy here). `shuffle` orders all files anew every epoch. Raises UsageError.
     """
-    tf = _tensorflow()
     if batch_size < 1:
         raise UsageError(f"batch_size: expected at least 1, got {batch_size}")
+    if shard is not None and not 0 <= shard[0] < shard[1]:
+        raise UsageError(f"shard: expected (index, count) with an index from 0 to count - 1, got {shard}")
+    tf = _tensorflow()
     files = find_files(source, labels, folder=folder, suffix=suffix, config=config)
     calls = tf.data.AUTOTUNE if parallel_calls is None else parallel_calls
     columns = [tf.constant([os.fsencode(path) for path in files.paths], tf.string)]
@@ -60,7 +62,7 @@ def file_dataset(
     if shard is not None:
         dataset = dataset.shard(shard[1], shard[0])
     if shuffle:
-        dataset = dataset.shuffle(len(files.paths), seed=seed, reshuffle_each_iteration=True)
+        dataset = dataset.shuffle(max(1, len(files.paths)), seed=seed, reshuffle_each_iteration=True)
     dataset = dataset.batch(batch_size, drop_remainder=drop_last).map(read, num_parallel_calls=calls)
     if transform is not None:
         dataset = dataset.unbatch().map(_on_first(transform), num_parallel_calls=calls)

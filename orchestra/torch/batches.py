@@ -41,8 +41,9 @@ class TensorBatches:
 
     Sources are tensors, numpy arrays (also memory-mapped), npy files (mapped where they lie on this machine), or
     tables: the path of a Parquet, Arrow or CSV file, or a list of such paths that are one table. A table gives the
-    matrix of its `features` (all columns but the target if None), as `dtype`, and behind it the `target` column if one
-    is named. Paths that begin with `orchestra:` lie in the namespace.
+    matrix of its `features` (all columns but the target if None; of several files those of the first, which the others
+    need in any order), as `dtype`, and behind it the `target` column if one is named. Paths that begin with
+    `orchestra:` lie in the namespace.
 
     Every iteration is an epoch and yields lists of tensors. With the same generator, or torch's own seed, they are the
     same batches as DataLoader's, also in later epochs. Unshuffled batches are views: writing into one changes the
@@ -240,9 +241,11 @@ class _Columns:
     def __init__(
         self, features: Sequence[str] | None, target: str | None, dtype: torch.dtype, config: str | None
     ) -> None:
+        if dtype not in _NUMPY_TYPES:
+            raise UsageError(f"dtype: expected a torch type that numpy has, such as torch.float32, got {dtype}")
         self.features = features
         self.target = target
-        self.dtype: Any = torch.empty(0, dtype=dtype).numpy().dtype
+        self.dtype = dtype
         self.config = config
 
     def needed(self) -> list[str] | None:
@@ -251,15 +254,20 @@ class _Columns:
             return None
         return [*self.features, *([] if self.target is None else [self.target])]
 
+    def among(self, found: Sequence[str], path: str) -> _Columns:
+        """Return the same with every feature named, going by the columns of that file. Raises UsageError."""
+        if self.features is not None:
+            return self
+        check_columns(found, [] if self.target is None else [self.target], path)
+        return _Columns([name for name in found if name != self.target], self.target, self.dtype, self.config)
+
     def tensors(self, table: Any) -> list[torch.Tensor]:
         """Return the matrix of features, and the target behind it."""
-        features = self.features
-        if features is None:
-            check_columns(table.column_names, [] if self.target is None else [self.target], "the table")
-            features = [name for name in table.column_names if name != self.target]
-        found = [torch.from_numpy(to_matrix(table, features, self.dtype))]
+        dtype: Any = torch.empty(0, dtype=self.dtype).numpy().dtype
+        features = self.among(table.column_names, "the table").features or ()
+        found = [torch.from_numpy(to_matrix(table, features, dtype))]
         if self.target is not None:
-            found.append(torch.from_numpy(to_matrix(table, [self.target], self.dtype)[:, 0]))
+            found.append(torch.from_numpy(to_matrix(table, [self.target], dtype)[:, 0]))
         return found
 
 
@@ -273,16 +281,26 @@ def _load(sources: Sequence[Any], columns: _Columns) -> list[torch.Tensor]:
         elif is_path(source) and kind_of(str(source)) == "npy":
             tensors.append(torch.from_numpy(read_array(str(source), columns.config)))
         else:
-            parts = [columns.tensors(read_table(path, columns.needed(), columns.config)) for path in _paths(source)]
-            tensors += [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
+            tensors += _load_table(_paths(source), columns)
     return tensors
+
+
+def _load_table(paths: Sequence[str], columns: _Columns) -> list[torch.Tensor]:
+    parts = []
+    for path in paths:
+        table = read_table(path, columns.needed(), columns.config)
+        columns = columns.among(table.column_names, path)
+        parts.append(columns.tensors(table))
+    return [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
 
 
 def _stream(sources: Sequence[Any], columns: _Columns, buffer_rows: int) -> RowStream:
     if len(sources) != 1:
         raise UsageError("buffer_rows: expected one table (a path, or a list of paths), not several sources")
     paths = _paths(sources[0])
-    return RowStream(paths, columns.needed(), columns.tensors, buffer_rows=buffer_rows, config=columns.config)
+    stream = RowStream(paths, columns.needed(), columns.tensors, buffer_rows=buffer_rows, config=columns.config)
+    columns.among(stream.columns, paths[0])  # now, and not with the first batch
+    return stream
 
 
 def _paths(source: Any) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from orchestra.errors import UsageError
-from orchestra.torch.tables import column_values, first_rows, is_path, kind_of, read_array
+from orchestra.torch.tables import NUMBERS, column_values, first_rows, is_path, kind_of, read_array
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +66,9 @@ class ColumnCubes(IterableDataset[Any]):
     ) -> None:
         if out not in ("numpy", "torch"):
             raise UsageError(f'out: expected "numpy" or "torch", got {out!r}')
+        for name, value, least in (("seed", seed, 0), ("count", count, 0), ("threads", threads, 1)):
+            if value is not None and value < least:
+                raise UsageError(f"{name}: expected at least {least}, got {value}")
         packed = _pack(frames, rows, dtype, config)
         if not 0 < columns <= len(packed):
             raise UsageError(f"columns: expected 1 to {len(packed)}, as many as the tables have, got {columns}")
@@ -267,11 +270,17 @@ def _pack(frames: Any, rows: int, dtype: Any, config: str | None) -> Array:
         frames = read_array(str(frames), config)
     if isinstance(frames, (np.ndarray, torch.Tensor)):
         array = frames.numpy(force=True) if isinstance(frames, torch.Tensor) else frames
-        if array.ndim != 3:
-            raise UsageError(f"frames: expected an array of shape (tables, rows, columns), got {array.shape}")
-        _check_rows(array.shape[1], rows, "the tables")
+        if array.ndim != 3 or not len(array) or array.dtype.kind not in NUMBERS:
+            got = f"{array.shape} of {array.dtype}"
+            raise UsageError(f"frames: expected an array of numbers of shape (tables, rows, columns), got {got}")
+        _check_rows(array.shape[1], rows, "every table")
         return np.ascontiguousarray(array[:, :rows, :].transpose(2, 0, 1), dtype)
-    tables: Sequence[Any] = [frames] if is_path(frames) else list(frames)
+    frames = [frames] if is_path(frames) else frames
+    is_one_frame = hasattr(frames, "columns")  # a list of it would be its columns' names
+    if is_one_frame or isinstance(frames, Mapping) or not isinstance(frames, Iterable):
+        kind = type(frames).__name__
+        raise UsageError(f"frames: expected an array of shape (tables, rows, columns) or a list of tables, got {kind}")
+    tables = list(frames)
     if not tables:
         raise UsageError("frames: expected at least one table, got none")
     packed: Array | None = None
@@ -281,6 +290,8 @@ def _pack(frames: Any, rows: int, dtype: Any, config: str | None) -> Array:
             packed = np.empty((len(columns), len(tables), rows), dtype or columns.dtype)
         if len(columns) != len(packed):
             raise UsageError(f"table {number} has {len(columns)} columns, table 0 has {len(packed)}")
+        if dtype is None:  # whole numbers in one table and fractions in the next are fractions in all, as in np.stack
+            packed = packed.astype(np.result_type(packed, columns), copy=False)
         packed[:, number] = columns
     assert packed is not None
     return packed
@@ -295,7 +306,7 @@ def _columns(table: Any, rows: int, name: str, config: str | None) -> Array:
         _check_rows(found.num_rows, rows, str(table))
         return np.stack([column_values(found, column) for column in found.column_names])
     values = np.asarray(table[:rows])
-    if values.ndim != 2 or values.dtype.hasobject:
+    if values.ndim != 2 or values.dtype.kind not in NUMBERS:
         raise UsageError(f"{name}: expected rows and columns of numbers, got shape {values.shape} of {values.dtype}")
     _check_rows(len(values), rows, name)
     return values.T

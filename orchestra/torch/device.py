@@ -28,6 +28,8 @@ def prefetch_to_device(loader: Iterable[Any], device: torch.device | str, *, dep
     if depth < 1:
         raise UsageError(f"depth: expected at least 1, got {depth}")
     target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f'device: torch finds no GPU for {target}; take "cpu", or install torch with CUDA')
     if target.type != "cuda":
         return (_moved(batch, lambda tensor: tensor.to(target)) for batch in loader)
     return _prefetched(loader, target, depth)

@@ -13,6 +13,7 @@ import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import distributed
@@ -24,6 +25,7 @@ from orchestra.clock import Clock, SystemClock
 from orchestra.config import load_config
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.torch.orders import GivenOrder, Orders, SeededOrder, share_of
+from orchestra.torch.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class PlannedSampler(Sampler[int]):
         clock: Clock | None = None,
     ) -> None:
         """Sends nothing yet. Raises UsageError for no paths, a rank that cannot be, a sampler without a length."""
+        if isinstance(dataset_paths, (str, os.PathLike)):
+            raise UsageError(f"dataset_paths: expected the path of every sample, by index, got {dataset_paths}")
         if not len(dataset_paths):
             raise UsageError("a plan needs the paths of at least one sample")
         self._paths = dataset_paths
@@ -269,16 +273,14 @@ def _followed(
         if len(order.dataset) != samples_count:  # type: ignore[arg-type]
             raise UsageError(f"{samples_count} paths for the {len(order.dataset)} samples of the sampler")  # type: ignore[arg-type]
         return SeededOrder(samples_count, seed, order), order.rank, order.num_replicas, order.drop_last
-    if isinstance(order, bool):
-        raise UsageError("sampler_or_seed: expected a sampler, a whole number or None, got a truth value")
+    if isinstance(order, (bool, str)):
+        raise UsageError(f"sampler_or_seed: expected a sampler, a whole number or None, got {order!r}")
     orders: Orders
-    if order is None or isinstance(order, int):
-        orders = SeededOrder(samples_count, order)
+    if order is None or isinstance(order, (int, Integral)):  # numpy's, too
+        orders = SeededOrder(samples_count, None if order is None else int(order))
         if rank is None and distributed.is_available() and distributed.is_initialized():
             rank, world_size = distributed.get_rank(), distributed.get_world_size()
     else:
         orders = GivenOrder(order)
-    rank, world_size = rank or 0, 1 if world_size is None else world_size
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} of {world_size} ranks")
-    return orders, rank, world_size, drop_last
+    share = Share(rank or 0, 1 if world_size is None else world_size)  # says which ranks there can be
+    return orders, share.rank, share.world_size, drop_last

@@ -62,6 +62,11 @@ class RowStream:
         self._groups = [group for path in paths for group in self._groups_of(path)]
         self.row_count = sum(group.row_count for group in self._groups)
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """What is read of every file."""
+        return self._columns or ()
+
     def batches(
         self, size: int, shuffle: bool, generator: torch.Generator | None, share: Share, first: int
     ) -> Iterator[list[torch.Tensor]]:
@@ -114,13 +119,17 @@ class RowStream:
             group = piece.group
             with open_binary(group.path, self._config) as file, readable(group.path):
                 parquet = open_parquet(file, group.path, self._columns)
-                table = parquet.read_row_group(group.index, columns=self._columns)
+                table = parquet.read_row_group(group.index, columns=self._columns).select(self._columns)
                 tables.append(table.slice(piece.start, piece.stop - piece.start))
-        return self._convert(arrow().concat_tables(tables))
+        # A column may be of whole numbers in one file and of fractions in the next.
+        return self._convert(arrow().concat_tables(tables, promote_options="permissive"))
 
     def _groups_of(self, path: str) -> Iterator[_Group]:
         with open_binary(path, self._config) as file, readable(path):
-            metadata = open_parquet(file, path, self._columns).metadata
+            parquet = open_parquet(file, path, self._columns)
+            if self._columns is None:
+                self._columns = parquet.schema_arrow.names  # the other files need them as well
+            metadata = parquet.metadata
             for index in range(metadata.num_row_groups):
                 yield _Group(path, index, metadata.row_group(index).num_rows)
 

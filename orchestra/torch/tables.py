@@ -23,6 +23,8 @@ from orchestra.errors import UsageError
 _ARROW = (".arrow", ".feather", ".ipc")
 _CSV = (".csv", ".csv.gz", ".csv.bz2")
 _KINDS = {".parquet": "parquet", ".npy": "npy", **dict.fromkeys(_ARROW, "arrow"), **dict.fromkeys(_CSV, "csv")}
+# numpy's kinds of numbers: booleans, whole numbers with and without a sign, fractions, complex ones.
+NUMBERS = "biufc"
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2"}
 
 
@@ -36,20 +38,22 @@ def kind_of(path: str) -> str:
 
 def read_array(path: str, config: str | None = None) -> np.ndarray[Any, Any]:
     """Return what an npy file holds. What lies whole on this machine is mapped, private to the caller: writing into the
-    array changes no file. Anything else is read."""
+    array changes no file. Anything else is read. Raises UsageError for a file that is none, or holds no numbers."""
     inside = namespace_path(path)
-    if inside is None:
-        with open_binary(path):  # says in one line what is missing
-            pass
-        return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
     with open_binary(path, config) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(file)
-        if dtype.hasobject:
-            raise UsageError(f"{path}: holds Python objects, which are never loaded from a file")
-        data = _map_object(inside, config)
-        array = np.frombuffer(data, dtype, count=int(np.prod(shape)), offset=file.tell())
+        try:
+            version = np.lib.format.read_magic(file)
+            is_first = version == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = read_header(file)
+            if dtype.hasobject:
+                raise UsageError(f"{path}: holds Python objects, which are never loaded from a file")
+            whole = (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if inside is None else _map_object(inside, config)
+            )
+            array = np.frombuffer(whole, dtype, count=int(np.prod(shape)), offset=file.tell())
+        except ValueError as error:
+            raise UsageError(f"{path} cannot be read as npy: {error}") from error
     return array.reshape(shape, order="F" if is_fortran else "C")
 
 
@@ -142,19 +146,23 @@ def first_rows(path: str, count: int, config: str | None = None) -> Any:
     return arrow().concat_tables(pieces).slice(0, count)
 
 
-def column_values(table: Any, name: str, dtype: Any = None) -> np.ndarray[Any, Any]:
+def column_values(table: Any, name: str) -> np.ndarray[Any, Any]:
     """Return one column as numbers; a missing value is NaN. Raises UsageError if they are no numbers."""
     values: np.ndarray[Any, Any] = table[name].to_numpy()
-    if values.dtype.hasobject:
+    if values.dtype.kind not in NUMBERS:  # a time would become the number of its microseconds, rounded
         raise UsageError(f"column {name!r} holds {table[name].type}, not numbers")
-    return values if dtype is None else values.astype(dtype, copy=False)
+    return values
 
 
 def to_matrix(table: Any, columns: Sequence[str], dtype: Any = np.float32) -> np.ndarray[Any, Any]:
-    """Return the columns side by side, one row of memory a row of the table."""
+    """Return the columns side by side, one row of memory a row of the table. Raises UsageError for a column that is not
+    numbers, or has missing values (NaN) where `dtype` has none."""
     matrix = np.empty((table.num_rows, len(columns)), dtype)
     for index, name in enumerate(columns):
-        matrix[:, index] = column_values(table, name)
+        values = column_values(table, name)
+        if values.dtype.kind == "f" and matrix.dtype.kind in "biu" and np.isnan(values).any():
+            raise UsageError(f"column {name!r} has missing values, which {matrix.dtype} cannot hold: take a float type")
+        matrix[:, index] = values
     return matrix
 
 

@@ -7,11 +7,9 @@ Owns: measuring the loop, TensorBoard scalars, the report. Leaves to others: div
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
-
-from torch.utils.data import DataLoader
 
 from orchestra.client.figures import NodeWatcher
 from orchestra.clock import Clock, SystemClock
@@ -45,9 +43,10 @@ class StepStall:
 
 
 def watch(
-    loader: DataLoader[Any], writer: Writer | None = None, *, config: str | None = None, clock: Clock | None = None
+    loader: Iterable[Any], writer: Writer | None = None, *, config: str | None = None, clock: Clock | None = None
 ) -> WatchedLoader[Any]:
-    """Return `loader` with its waits measured; iterate over it instead of `loader`.
+    """Return `loader` with its waits measured; iterate over it instead of `loader`, which is a DataLoader or whatever
+    else gives batches (TensorBatches, ColumnCubes, prefetch_to_device).
 
     `writer` (a TensorBoard SummaryWriter) gets `stalls/wait_s` of each step, and seconds by cause of each epoch.
     `config` is the path of an orchestra.toml. Raises ConfigError; a daemon that does not run means that causes are not
@@ -59,8 +58,8 @@ def watch(
 class WatchedLoader(Generic[Batch]):
     """Yields the loader's batches; everything else is the loader's own."""
 
-    def __init__(self, loader: DataLoader[Batch], writer: Writer | None, node: NodeWatcher, clock: Clock) -> None:
-        self._loader = loader
+    def __init__(self, loader: Iterable[Batch], writer: Writer | None, node: NodeWatcher, clock: Clock) -> None:
+        self._loader: Any = loader
         self._writer = writer
         self._node = node
         self._clock = clock
@@ -119,7 +118,7 @@ class WatchedLoader(Generic[Batch]):
             before, before_s = self._figures, self._figures_s
             after = self._look()
             if before is not None and after is not None:
-                readers = max(1, self._loader.num_workers)
+                readers = max(1, getattr(self._loader, "num_workers", 0))
                 waits = split_wait(waited_s, after.since(before).waits, readers * (self._figures_s - before_s))
             self.steps.append(StepStall(epoch, step, waits))
         if self._writer is not None:
@@ -139,11 +138,12 @@ class WatchedLoader(Generic[Batch]):
 
     def _note_delivered(self) -> None:
         """A planned sampler's state is what the training took, not what its loader drew ahead."""
-        batch_sampler = self._loader.batch_sampler
-        sampler = getattr(batch_sampler, "sampler", self._loader.sampler)
+        loader = self._loader
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        sampler = getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
         note = getattr(sampler, "note_delivered", None)
         if note is not None:
-            note(int(getattr(batch_sampler, "batch_size", None) or self._loader.batch_size or 1))
+            note(int(getattr(batch_sampler, "batch_size", None) or getattr(loader, "batch_size", None) or 1))
 
     def _look(self) -> NodeFigures | None:
         self._figures = self._node.figures()

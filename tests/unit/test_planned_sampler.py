@@ -133,21 +133,26 @@ def test_a_sampler_of_all_ranks_is_shared(alone: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "options"),
+    ("order", "options", "message"),
     [
-        (True, {}),
-        (0, {"rank": 2, "world_size": 2}),
-        (0, {"rank": 0}),
-        (iter([1, 2]), {}),
-        (distributed(4, 0, 2), {}),
+        (True, {}, "expected a sampler, a whole number or None, got True"),
+        ("42", {}, "expected a sampler, a whole number or None, got '42'"),
+        (0, {"rank": 2, "world_size": 2}, "rank: expected 0 to 1, got 2"),
+        (0, {"rank": 0, "world_size": 0}, "world_size: expected at least 1, got 0"),
+        (0, {"rank": 0}, "rank and world_size go together"),
+        (iter([1, 2]), {}, "has no length"),
+        (distributed(4, 0, 2), {}, "5 paths for the 4 samples"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(alone: str, order: Any, options: dict[str, Any]) -> None:
-    """A truth value, a rank that there is not, half a share, an order without an end, a sampler of other samples."""
-    with pytest.raises(UsageError):
+def test_what_cannot_be_planned_is_refused(alone: str, order: Any, options: dict[str, Any], message: str) -> None:
+    """A truth value, a text, a rank that there is not, no rank at all, half a share, an order without an end, a sampler
+    of other samples."""
+    with pytest.raises(UsageError, match=message):
         planned(alone, 5, order, **options)
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="at least one sample"):
         PlannedSampler([], 0)
+    with pytest.raises(UsageError, match="expected the path of every sample, by index, got orchestra:///data"):
+        PlannedSampler("orchestra:///data", 0)
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------

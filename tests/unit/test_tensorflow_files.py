@@ -23,6 +23,15 @@ def test_without_tensorflow_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         file_dataset(["a"])
 
 
+def test_nonsense_is_refused() -> None:
+    """A batch of nothing, a shard that there is not."""
+    with pytest.raises(UsageError, match="batch_size: expected at least 1, got 0"):
+        file_dataset(["a"], batch_size=0)
+    for shard in ((2, 2), (0, 0), (-1, 2)):
+        with pytest.raises(UsageError, match=r"shard: expected \(index, count\)"):
+            file_dataset(["a"], shard=shard)
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FolderNode]:
     """Two class folders of five files."""

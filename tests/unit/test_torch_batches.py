@@ -135,6 +135,31 @@ class TestFiles:
         assert (batches.row_count, len(batches)) == (2 * ROWS, 2)
         assert torch.equal(matrix, torch.from_numpy(twice))
 
+    @pytest.mark.parametrize("buffer_rows", [None, 1000])
+    def test_files_of_one_table_may_differ_in_the_order_of_their_columns(
+        self, tmp_path: Path, buffer_rows: int | None
+    ) -> None:
+        """And in their types; a column that one of them lacks is an error that names the file."""
+        table = frame()
+        write(table, tmp_path / "a.parquet")
+        write(table[["label", "f2", "f0", "f1"]].round().astype({"f0": int}), tmp_path / "b.parquet")
+        write(table.drop(columns="f1"), tmp_path / "c.parquet")
+        options: dict[str, Any] = {"batch_size": 2 * ROWS, "target": "label", "buffer_rows": buffer_rows}
+        ((features, target),) = TensorBatches([tmp_path / "a.parquet", tmp_path / "b.parquet"], **options)
+        wanted = pandas.concat([table, table.round()])
+        assert torch.equal(features, torch.tensor(wanted[["f0", "f1", "f2"]].to_numpy(np.float32)))
+        assert torch.equal(target, torch.tensor(wanted["label"].to_numpy(np.float32)))
+        with pytest.raises(UsageError, match=r"c\.parquet: no column 'f1'"):
+            list(TensorBatches([tmp_path / "a.parquet", tmp_path / "c.parquet"], **options))
+
+    def test_missing_values_are_nan_or_an_error(self, tmp_path: Path) -> None:
+        """In fractions; whole numbers have nothing to say it with."""
+        pandas.DataFrame({"x": [1.0, None, 3.0]}).to_csv(tmp_path / "t.csv", index=False)
+        (matrix,) = TensorBatches(tmp_path / "t.csv").tensors
+        assert matrix[:, 0].isnan().tolist() == [False, True, False]
+        with pytest.raises(UsageError, match="'x' has missing values, which int64 cannot hold"):
+            TensorBatches(tmp_path / "t.csv", dtype=torch.int64)
+
     def test_an_npy_file_is_mapped_and_never_changed(self, tmp_path: Path) -> None:
         """Writing into a batch of a mapped array changes the batch alone."""
         array = np.arange(24, dtype=np.float32).reshape(6, 4)
@@ -144,8 +169,8 @@ class TestFiles:
         assert np.array_equal(np.load(tmp_path / "x.npy"), array)
 
     def test_what_is_wrong_with_a_file_is_said(self, tmp_path: Path) -> None:
-        """A missing file, a missing column, a column of text, an array where a table is meant."""
-        table = frame().assign(text="x")
+        """A missing file, a missing column, a column of text or of times, an array where a table is meant."""
+        table = frame().assign(text="x", when=pandas.Timestamp("2026-01-01"))
         write(table, tmp_path / "t.parquet")
         np.save(tmp_path / "x.npy", np.zeros(3))
         with pytest.raises(NotFoundError, match=r"gone\.csv"):
@@ -154,16 +179,33 @@ class TestFiles:
             TensorBatches(tmp_path / "gone.npy")
         with pytest.raises(UsageError, match="no column 'f9'; there are f0, f1"):
             TensorBatches(tmp_path / "t.parquet", features=["f9"])
-        with pytest.raises(UsageError, match="no column 'y'; there are f0, f1"):
-            TensorBatches(tmp_path / "t.parquet", target="y")
+        for options in ({}, {"buffer_rows": 10}):
+            with pytest.raises(UsageError, match=r"t\.parquet: no column 'y'; there are f0, f1"):
+                TensorBatches(tmp_path / "t.parquet", target="y", **options)
         (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-9])
         for options in ({}, {"buffer_rows": 10}):
             with pytest.raises(UsageError, match=r"cut\.parquet cannot be read as parquet: "):
                 TensorBatches(tmp_path / "cut.parquet", **options)
         with pytest.raises(UsageError, match="column 'text' holds"):
             TensorBatches(tmp_path / "t.parquet")
+        with pytest.raises(UsageError, match="column 'when' holds timestamp"):
+            TensorBatches(tmp_path / "t.parquet", features=["when"])
         with pytest.raises(UsageError, match="this is an array"):
             TensorBatches([tmp_path / "x.npy"])
+        np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+        with pytest.raises(UsageError, match=r"objects\.npy: holds Python objects"):
+            TensorBatches(tmp_path / "objects.npy")
+        for content in (b"", b"no array", (tmp_path / "x.npy").read_bytes()[:-1]):
+            (tmp_path / "broken.npy").write_bytes(content)
+            with pytest.raises(UsageError, match=r"broken\.npy cannot be read as npy: "):
+                TensorBatches(tmp_path / "broken.npy")
+
+    @pytest.mark.parametrize("array", [np.zeros((0, 3)), np.arange(6.0).reshape(2, 3).T, np.arange(3, dtype="u1")])
+    def test_arrays_of_every_form_are_mapped(self, tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
+        """Without a row, column by column, of one dimension."""
+        np.save(tmp_path / "x.npy", array)
+        (tensor,) = TensorBatches(tmp_path / "x.npy").tensors
+        assert torch.equal(tensor, torch.tensor(array))
 
 
 def epoch_of(batches: TensorBatches) -> list[tuple[float, ...]]:
@@ -230,6 +272,8 @@ def test_nonsense_is_refused() -> None:
         TensorBatches()
     with pytest.raises(UsageError, match="batch_size"):
         TensorBatches(torch.zeros(3), batch_size=0)
+    with pytest.raises(UsageError, match=r"dtype: expected a torch type that numpy has, .* got torch\.bfloat16"):
+        TensorBatches(torch.zeros(3), dtype=torch.bfloat16)
     with pytest.raises(UsageError, match=r"one number of rows; their shapes are \(3,\), \(4,\)"):
         TensorBatches(torch.zeros(3), torch.zeros(4))
     with pytest.raises(UsageError, match="one number of rows"):
@@ -248,6 +292,14 @@ class TestDevice:
         assert all(batch.device.type == "meta" for batch in prefetch_to_device([torch.ones(3)], "meta"))
         with pytest.raises(UsageError, match="depth"):
             prefetch_to_device([], "cpu", depth=0)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_gpu_that_is_not_there_is_said(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """In one sentence, by both that take a device."""
+        with pytest.raises(UsageError, match='torch finds no GPU for cuda; take "cpu"'):
+            prefetch_to_device([], "cuda")
+        with pytest.raises(UsageError, match='torch finds no GPU for cuda; take "cpu"'):
+            next(iter(TensorBatches(*tensors, device="cuda")))
 
     def test_tensor_batches_go_to_their_device(self, tensors: tuple[torch.Tensor, torch.Tensor]) -> None:
         """`device` moves every tensor of every batch."""

@@ -145,13 +145,27 @@ def test_tables_come_in_many_forms(frames: np.ndarray[Any, Any], tmp_path: Path,
     assert np.array_equal(small(source).cube(1), small(frames).cube(1))
 
 
+def test_fractions_of_a_later_table_stay_fractions(frames: np.ndarray[Any, Any]) -> None:
+    """Whole numbers in the first table and fractions, or nothing at all, in the second: as np.stack has it."""
+    whole, broken = np.arange(600).reshape(20, 30), frames[0].copy()
+    broken[3, 3] = np.nan
+    cubes = small([whole, broken])
+    stacked = np.stack([whole, broken])
+    for index, cube in enumerate(cubes):
+        assert np.array_equal(cube, stacked[:, :8, cubes.chosen_columns(index)], equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rows": 21}, "rows: expected at most 20"),
         ({"rows": 0}, "rows: expected at least 1"),
         ({"columns": 31}, "columns: expected 1 to 30"),
+        ({"columns": 0}, "columns: expected 1 to 30"),
         ({"out": "jax"}, 'out: expected "numpy" or "torch"'),
+        ({"seed": -1}, "seed: expected at least 0"),
+        ({"count": -1}, "count: expected at least 0"),
+        ({"threads": 0}, "threads: expected at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused(frames: np.ndarray[Any, Any], options: dict[str, Any], message: str) -> None:
@@ -161,15 +175,22 @@ def test_what_cannot_be_is_refused(frames: np.ndarray[Any, Any], options: dict[s
 
 
 def test_tables_that_do_not_fit_together_are_refused(frames: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    """Another number of columns, no table at all, flat data, text, a missing file."""
+    """Another number of columns, no table at all, one that is no list, flat data, text, times, a missing file."""
     with pytest.raises(UsageError, match="table 1 has 29 columns, table 0 has 30"):
         small([frames[0], frames[1][:, :29]])
     with pytest.raises(UsageError, match="at least one table"):
         small([])
-    with pytest.raises(UsageError, match="expected an array of shape"):
-        small(frames[0])
+    for nonsense in (frames[0], frames[:0], frames.astype(str)):
+        with pytest.raises(UsageError, match="expected an array of numbers of shape"):
+            small(nonsense)
+    for nonsense in (pandas.DataFrame(frames[0]), {"a": frames[0]}, None):
+        with pytest.raises(UsageError, match=r"or a list of tables, got (DataFrame|dict|NoneType)"):
+            small(nonsense)
     with pytest.raises(UsageError, match="rows and columns of numbers"):
         small([pandas.DataFrame({"a": ["x"] * 20})])
+    pandas.DataFrame({"when": pandas.date_range("2026-01-01", periods=20)}).to_parquet(tmp_path / "times.parquet")
+    with pytest.raises(UsageError, match="column 'when' holds timestamp"):
+        small([tmp_path / "times.parquet"])
     with pytest.raises(NotFoundError, match=r"gone\.parquet"):
         small([tmp_path / "gone.parquet"])
     with pytest.raises(UsageError, match="ends in one of"):

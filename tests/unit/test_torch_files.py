@@ -125,6 +125,13 @@ class TestFindingFiles:
             FileDataset(IDS[:2], {"id-0": 1}, config=config)
         with pytest.raises(UsageError, match="labels: 1 for 2 files"):
             FileDataset(IDS[:2], [1], config=config)
+        nonsense: Any
+        for nonsense in (1, "ab"):
+            with pytest.raises(UsageError, match="labels: expected a dictionary by ID or a label for each"):
+                FileDataset(IDS[:2], nonsense, config=config)
+        for nonsense in (None, {"train": IDS}):
+            with pytest.raises(UsageError, match="expected a folder or a list of paths or IDs"):
+                FileDataset(nonsense, config=config)
         with pytest.raises(NotFoundError, match="gone"):
             FileDataset([f"{folder}/gone"], config=config)[0]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from orchestra.clock import ManualClock
 from orchestra.observe.stalls import Waits
-from orchestra.torch import PlannedSampler, watch
+from orchestra.torch import PlannedSampler, TensorBatches, prefetch_to_device, watch
 from tests.support.cache import BLOCK, data_of
 from tests.support.node import ThreadNode, thread_node, write_config
 from tests.support.ram import ram_folder
@@ -131,6 +132,15 @@ def test_a_planned_sampler_is_told_what_was_delivered(config: str, wraps: bool) 
         assert sampler.state_dict()["consumed"] == 4 * number
         if number == 2:
             break
+
+
+def test_batches_that_no_dataloader_gives_are_watched_too(config: str) -> None:
+    """TensorBatches, and a generator that goes round it."""
+    batches = TensorBatches(torch.arange(COUNT), batch_size=5)
+    for loader in (batches, prefetch_to_device(batches, "cpu")):
+        watched = watch(loader, config=config, clock=ManualClock())
+        assert [len(numbers) for (numbers,) in watched] == [5, 5, 2]
+        assert [epoch.steps for epoch in watched.epochs] == [3]
 
 
 def test_what_the_node_waited_for_is_the_steps_own(tmp_path: Path, config: str) -> None:
