@@ -20,7 +20,7 @@ from orchestra import __version__
 from orchestra.cli.output import printable
 from orchestra.cli.session import Session
 from orchestra.config_keys import did_you_mean
-from orchestra.errors import OrchestraError
+from orchestra.errors import AccessDeniedError, OrchestraError, StoreError
 
 STATUS_FAILED = 1
 STATUS_USAGE = 2
@@ -29,6 +29,8 @@ STATUS_BROKEN_PIPE = 141
 # What any call says that would need a descriptor beyond the limit, and a limit that every command gets by with.
 _USED_UP_ERRNOS = (errno.EMFILE, errno.ENFILE)
 DESCRIPTORS_ENOUGH = 1024
+# Where stores look for accounts and addresses if a mount's options name none.
+_STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")
 # What standard output says when it cannot take more. Other files are written below commands that name them.
 _OUTPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(list(sys.argv[1:] if argv is None else argv), session)
         sys.stdout.flush()
     except OrchestraError as error:
-        return _fail(error.message, session)
+        return _fail(error.message + _unknown_to_daemon(error, session), session)
     except BrokenPipeError:
         return _end_quietly()
     except (KeyboardInterrupt, EOFError, click.Abort):
@@ -152,6 +154,22 @@ def _run(arguments: list[str], session: Session) -> int:
         error.show(file=text)
         sys.stderr.write(printable(text.getvalue(), keep="\n"))
         return error.exit_code
+
+
+def _unknown_to_daemon(error: OrchestraError, session: Session) -> str:
+    """Where a store refused us: which variables for stores this shell has, and the daemon, which asks them, has not."""
+    if not isinstance(error, (AccessDeniedError, StoreError)):
+        return ""
+    from orchestra.client.process import daemon_environment
+
+    theirs = daemon_environment(session.config)
+    names = [name for name in os.environ if name.startswith(_STORE_VARIABLES) and theirs.get(name) != os.environ[name]]
+    if not theirs or not names:
+        return ""
+    return (
+        f" (the daemon was started without this shell's {', '.join(sorted(names))}: `orchestra daemon stop` ends it,"
+        " and the next command starts it with them)"
+    )
 
 
 def _fail(message: str, session: Session) -> int:

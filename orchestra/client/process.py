@@ -129,6 +129,16 @@ def _owner_pid(config: Config) -> int | None:
         return None
 
 
+def daemon_environment(config: Config) -> dict[str, str]:
+    """Return the variables that the running daemon was started with; none where there is none, or not ours."""
+    try:
+        text = Path(f"/proc/{_owner_pid(config) or 0}/environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.partition("=") for item in os.fsdecode(text).split("\0"))
+    return {name: value for name, equals, value in pairs if equals}
+
+
 def _is_stopped(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]

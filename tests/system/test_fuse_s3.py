@@ -45,10 +45,10 @@ class Bucket:
     server: S3Server
     proxy: FaultProxy
 
-    def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         dropped = ("ORCHESTRA_", "AWS_", "XDG_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-        environment = kept | {"HOME": str(self.home), "S3_SECRET": self.server.options["secret"]}
+        environment = kept | {"HOME": str(self.home), "S3_SECRET": self.server.options["secret"]} | variables
         command = [sys.executable, "-m", "orchestra", *map(str, words)]
         return subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, cwd=self.home, timeout=60
@@ -106,6 +106,26 @@ def test_a_bucket_is_mounted_with_no_configuration_at_all(bucket: Bucket) -> Non
         (mnt / ("n" * 256)).stat()
     assert bucket.known()["path"] == "/s3/bucket/keys"
     assert bucket.run("fuse", "umount", mnt).returncode == 0
+
+
+def test_an_account_is_taken_from_the_variables_of_aws_and_an_older_daemon_is_told_of(bucket: Bucket) -> None:
+    """Without one it is asked for; a daemon that was started without the variables that were set then is named."""
+    options = bucket.server.options
+    nothing = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": options["endpoint_url"]}
+    account = nothing | {"AWS_ACCESS_KEY_ID": options["key"], "AWS_SECRET_ACCESS_KEY": options["secret"]}
+    words = ("fuse", "mount", "s3://bucket/keys", bucket.target)
+    done = bucket.run(*words, **nothing)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in done.stderr
+    assert "daemon" not in done.stderr
+    done = bucket.run(*words, **account)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the daemon was started without this shell's AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY" in done.stderr
+    assert options["secret"] not in done.stderr
+    bucket.run("daemon", "stop")
+    done = bucket.run(*words, **account)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (bucket.target / "plain").read_bytes() == b"plain bytes"
 
 
 def test_a_path_of_4096_bytes_is_reached_step_by_step(bucket: Bucket) -> None:
