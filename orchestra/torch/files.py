@@ -1,7 +1,7 @@
 """FileDataset: one sample a file, a whole batch read in one call.
 
 Owns: what a sample is. Leaves to others: which files there are (client.filesets), reading them (client.locations),
-order and batches (samplers, DataLoader).
+order and batches (samplers, DataLoader), how a worker hands them over (handover).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from orchestra.client.filesets import find_files
 from orchestra.client.locations import read_many, ready
 from orchestra.errors import UsageError
+from orchestra.torch.handover import reuse_memory
 
 
 def load_tensor(data: bytes) -> Any:
@@ -33,7 +34,8 @@ class FileDataset(Dataset[Any]):
     dictionaries. Paths that begin with `orchestra:` lie in the namespace, others on this machine.
 
     A DataLoader asks for a whole batch at once (`__getitems__`): what is not cached is then fetched together, in one
-    message. Works in workers made by fork, spawn and forkserver; pickles as its names and labels alone.
+    message. Works in workers made by fork, spawn and forkserver; pickles as its names and labels alone. What
+    DataLoader's own collation makes in a worker is handed over in memory that is used again (handover).
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class FileDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return the samples, read in one call. Raises NotFoundError, StoreError and what `transform` raises."""
+        reuse_memory()
         contents: Sequence[Any] = read_many([self._files.paths[index] for index in indices], self._config)
         if self.transform is not None:
             contents = [self.transform(data) for data in contents]
