@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
+from orchestra.fetch.demand import DemandMeter
 from orchestra.observe.stalls import StallTable
 from orchestra.stores.contract import Buffer
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
@@ -48,6 +49,7 @@ class Fetcher:
         self._budget = budget
         self.statistics = FetchStatistics()
         self.stalls = StallTable()
+        self.demand = DemandMeter()
         self._asking = 0
         self._asking_since_ns = 0
 
@@ -74,6 +76,9 @@ class Fetcher:
         marks.append(self._begin_asking())
         self.statistics.requests += 1
         URGENCY.set(priority)
+        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
+        if demand is not None:
+            demand.begin(byte_range.length, marks[-1])
         try:
             data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
@@ -86,6 +91,10 @@ class Fetcher:
             raise
         finally:
             marks.append(self._end_asking())
+            if demand is not None:
+                demand.end(byte_range.length, marks[-1])
+        if demand is not None:
+            demand.answered(marks[-1] - marks[-2], byte_range.length)
         self.statistics.bytes_fetched += byte_range.length
         return data
 

@@ -1,5 +1,5 @@
-"""Keeps what is fetched ahead small while somebody waits: counts readers' misses, measures how long answers take, sets
-the limits of loads and plans.
+"""Keeps what is fetched ahead small while somebody waits: notes readers' misses, measures how long their answers and
+those of loads and plans take, sets the limits of loads and plans.
 
 A load gives way to readers that miss and to plans that fetch. A plan is kept small always: what it asks for is needed
 in its order, and on a link with a queue of a second the next file comes when the link pleases.
@@ -10,15 +10,14 @@ Owns: when that is looked at. Leaves to others: what follows from it (squeeze), 
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 from orchestra.clock import Clock
 from orchestra.engine.engine import Access, Engine
-from orchestra.fetch.budget import ByteBudget, Priority
-from orchestra.prefetch.squeeze import Squeeze, Tick
+from orchestra.fetch.budget import Priority
+from orchestra.prefetch.squeeze import Answers, Squeeze, Tick
 
 # Three round trips at 50 ms, and a load on a wide link has all of it after seven of these.
 TICK_S = 0.15
@@ -51,8 +50,9 @@ class Steered(Protocol):
 class Steering:
     """One per node. One event loop."""
 
-    def __init__(self, engine: Engine, budget: ByteBudget, clock: Clock) -> None:
-        self._budget = budget
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._demand = engine.fetcher.demand
+        self._stalls = engine.fetcher.stalls
         self._clock = clock
         self._last_miss_ns = clock.now_ns() - 2 * _WAITING_NS
         self._steered: set[Steered] = set()
@@ -83,26 +83,29 @@ class Steering:
 
     async def _steer(self, steered: Steered, squeeze: Squeeze) -> None:
         piece_bytes = 1.0
+        demand, before = self._demand, self._demand.mark(self._stalls.now_ns())
         while True:
             await asyncio.sleep(TICK_S)
-            answers = steered.take_answers()
-            if answers:
-                piece_bytes = max(1.0, statistics.fmean(size for _, size in answers))
-            latencies_s = [latency_ns / 1e9 for latency_ns, _ in answers]
+            own, now = steered.take_answers(), demand.mark(self._stalls.now_ns())
+            if own:
+                piece_bytes = max(1.0, sum(size for _, size in own) / len(own))
             steered.set_limit(
                 squeeze.tick(
                     Tick(
-                        answers=len(answers),
-                        latency_s=statistics.fmean(latencies_s) if answers else 0.0,
-                        deviation_s=statistics.pstdev(latencies_s) if answers else 0.0,
+                        own=_seconds(own),
+                        readers=_seconds(demand.answers(before)),
                         in_flight=round(steered.bytes_in_flight / piece_bytes),
-                        readers_in_flight=self._in_flight_before(steered) / piece_bytes,
+                        readers_in_flight=self._in_flight_before(steered, demand.mean_bytes(before, now)) / piece_bytes,
                         readers_wait=self._waits_for(steered),
                     )
                 )
             )
+            before = now
 
-    def _in_flight_before(self, steered: Steered) -> int:
+    def _in_flight_before(self, steered: Steered, readers_bytes: float) -> float:
         """Bytes on their way that are more urgent than those of `steered`."""
-        others = sum(one.bytes_in_flight for one in self._steered if one.priority >= steered.priority)
-        return max(0, self._budget.used_bytes - others)
+        return readers_bytes + sum(one.bytes_in_flight for one in self._steered if one.priority < steered.priority)
+
+
+def _seconds(answers: list[tuple[int, int]]) -> Answers:
+    return Answers.of([took_ns / 1e9 for took_ns, _ in answers])

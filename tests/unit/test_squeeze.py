@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from orchestra.prefetch.squeeze import LIMIT_AT_FIRST, Squeeze, Tick, squeeze_of_plans
+from orchestra.prefetch.squeeze import LIMIT_AT_FIRST, Answers, Squeeze, Tick, squeeze_of_plans
 
 PIECE = 500_000
 TICK_S = 0.15
@@ -27,11 +27,13 @@ class Link:
     def see(self, limit: int, *, readers_wait: bool = True) -> Tick:
         in_flight = limit + self.readers
         seconds = max(self.latency_s + PIECE / self.bandwidth, in_flight * PIECE / self.bandwidth)
-        count = round(limit * TICK_S / seconds)
-        answers = [seconds * self.random.lognormvariate(0, self.sigma) for _ in range(count)]
-        mean = sum(answers) / count if count else 0.0
-        deviation = (sum((one - mean) ** 2 for one in answers) / count) ** 0.5 if count else 0.0
-        return Tick(count, mean, deviation, limit, self.readers, readers_wait)
+        own, readers = self.answers(limit, seconds), self.answers(self.readers, seconds)
+        return Tick(own, readers, limit, self.readers, readers_wait)
+
+    def answers(self, in_flight: int, seconds: float) -> Answers:
+        """What comes in a tick if so many are always in flight and take so long."""
+        count = round(in_flight * TICK_S / seconds)
+        return Answers.of([seconds * self.random.lognormvariate(0, self.sigma) for _ in range(count)])
 
     def run(self, squeeze: Squeeze, ticks: int, *, readers_wait: bool = True) -> list[int]:
         """Let time pass; return the limits."""
@@ -95,7 +97,7 @@ def test_a_tick_without_answers_changes_nothing() -> None:
     """A store that does not answer, or that is asked nothing, is not asked for less or more because of it."""
     squeeze = Squeeze(128)
     before = Link(0.05, 50e6).run(squeeze, 20)[-1]
-    assert {squeeze.tick(Tick(0, 0.0, 0.0, 0, 0, True)) for _ in range(100)} == {before}
+    assert {squeeze.tick(Tick(Answers(), Answers(), 0, 0, True)) for _ in range(100)} == {before}
 
 
 def test_a_plan_begins_with_a_batch_and_keeps_a_little_queue() -> None:
@@ -103,7 +105,7 @@ def test_a_plan_begins_with_a_batch_and_keeps_a_little_queue() -> None:
     link = Link(0.05, 50e6)
     squeeze = squeeze_of_plans(128)
     assert squeeze.limit == 16
-    squeeze.tick(Tick(10, 0.08, 0.02, 16, 3, True))
+    squeeze.tick(Tick(Answers(10, 0.08, 0.02), Answers(), 16, 3, True))
     found = link.run(squeeze, 60)[20:]
     assert min(found) >= 6
     assert max(found) <= 12
