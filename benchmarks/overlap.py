@@ -22,9 +22,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from blind import Setting, blind_limit
 from common import (
     HERE,
     OriginProcess,
@@ -48,7 +50,7 @@ DATASET = "train"
 FILE_SIZE = 500_000
 # Four that read a file at a time take two thirds of the link, which leaves something to do for whoever fetches ahead.
 # Without knowing the order nobody can then come near 1 at T_compute = T_io: what is missed comes at two thirds of the
-# link's rate, whatever comes beside it (`blind_limit`). Eight fill the link by themselves.
+# link's rate, whatever comes beside it (blind.py). Eight fill the link by themselves.
 WORKERS = 4
 WORKERS_WIDE = 8
 BATCH = 8
@@ -308,26 +310,6 @@ def efficiency(runs: Sequence[dict[str, Any]], ratio: float, io_s: float) -> flo
     return max(1.0, ratio) * io_s / float(statistics.median(run["epochs_s"][0] for run in runs))
 
 
-def blind_limit(ratio: float, files: int, io_s: float) -> float:
-    """Return the efficiency of a prefetch that does not know the order and is perfect otherwise: the link is full from
-    the first moment to the last, and readers never wait behind anything but their own request.
-
-    Of the samples not read yet, a part is here; those are read at once, the others at the rate at which WORKERS that
-    take a file at a time can miss, and together no faster than the training computes. Integrated step by step.
-    """
-    link = files / io_s
-    misses = min(link, WORKERS / (LATENCY_MS / 1000 + 1 / link))
-    computed = files / (ratio * io_s)
-    step_s = io_s / 10_000
-    elapsed_s = read = 0.0
-    while read < files - 1e-6:
-        here = min(float(files), link * elapsed_s)
-        absent = min(1.0, (files - here) / (files - read))
-        read += step_s * (computed if absent * computed <= misses else misses / absent)
-        elapsed_s += step_s
-    return max(1.0, ratio) * io_s / elapsed_s
-
-
 def stall_share(runs: Sequence[dict[str, Any]]) -> float:
     """Return which part of the second epoch was waiting."""
     return float(statistics.median(run["waits_s"][1] / run["epochs_s"][1] for run in runs))
@@ -416,8 +398,10 @@ def main() -> None:
     lines = table(results, io_s)
     lines += ["", f"- T_io: {io_s:.2f} s; {WORKERS} workers where nothing else is said, batches of {BATCH}"]
     lines += [f"- not taking part (not importable from --peers): {', '.join(absent)}"] if absent else []
-    limits = ", ".join(f"{blind_limit(ratio, options.files, io_s):.2f} at {ratio:g} T_io" for ratio in RATIOS)
-    lines.append(f"- the most that any prefetch blind to the order can reach with {WORKERS} workers: {limits}")
+    for workers, ratios in ((WORKERS, RATIOS), (WORKERS_WIDE, DatasetMountWide.ratios)):
+        setting = Setting(options.files, workers, BATCH, LATENCY_MS / 1000, io_s, io_s)
+        limits = (f"{blind_limit(replace(setting, compute_s=one * io_s)):.2f} at {one:g} T_io" for one in ratios)
+        lines.append(f"- at most, blind to the order and perfect otherwise, {workers} workers: {', '.join(limits)}")
     for kind, wanted in (
         (PlannedMount, 0.95),
         (DatasetMount, 0.85),
