@@ -30,8 +30,8 @@ class Child:
     slot: int | None = None
     is_standing_by: bool = False  # has imported everything and waits for a slot
     serving_since_ns: int = 0
+    is_hastened: bool = False
     _heard: bytes = field(default=b"", repr=False)
-    _is_hastened: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         self.pidfd = os.pidfd_open(self.pid)
@@ -61,13 +61,14 @@ class Child:
         """Put it before all other programs, where that is ours to do (root): readers wait for it."""
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self.pid, _HASTE)
-            self._is_hastened = True
+            self.is_hastened = True
 
     def calm(self) -> None:
-        """Put it among the others again. It has no thread yet: a priority is a thread's."""
-        if self._is_hastened:
-            with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0))
+        """Put it among the others again: each of its threads, as a priority is a thread's."""
+        self.is_hastened = False
+        with contextlib.suppress(OSError):  # it has ended
+            for thread in os.listdir(f"/proc/{self.pid}/task"):
+                os.setpriority(os.PRIO_PROCESS, int(thread), os.getpriority(os.PRIO_PROCESS, 0))
 
     def reap(self) -> int:
         """Return the exit status of a child that has ended (negative: the signal), and let go of it."""

@@ -41,6 +41,8 @@ _QUICK_NS = 1_000_000_000
 # The first spare is started when the mount's own start is over; it costs half a second of a core.
 _SPARE_AFTER_S = 2.0
 _SPARE_RETRY_S = 30.0  # where it ended by itself
+# How long one whom readers waited for goes before other programs once it answers them.
+_CALM_AFTER_S = 1.0
 # The watcher does nothing, so that only somebody's SIGKILL or a broken installation ends it.
 _WATCHER_AFTER_S = 1.0
 _UNMOUNTED, _DETACHED, _BUSY, _NOT_UNMOUNTED = b"U", b"D", b"B", b"N"
@@ -90,6 +92,7 @@ class Supervisor:
         self._quick_deaths = 0
         self._spare_at_ns: int | None = None
         self._kill_at_ns: int | None = None
+        self._calm_at_ns: int | None = None
         self._watcher_fd = -1
         self._watcher_at_ns: int | None = None
         self._wakeup, self._wakeup_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -175,7 +178,7 @@ class Supervisor:
         self._on_time()
 
     def _timeout_ms(self) -> int | None:
-        timers = (self._spare_at_ns, self._kill_at_ns, self._watcher_at_ns)
+        timers = (self._spare_at_ns, self._kill_at_ns, self._calm_at_ns, self._watcher_at_ns)
         moments = [moment for moment in timers if moment is not None]
         return max(0, (min(moments) - self._clock.now_ns()) // 1_000_000 + 1) if moments else None
 
@@ -184,6 +187,11 @@ class Supervisor:
         if self._spare_at_ns is not None and now_ns >= self._spare_at_ns:
             self._spare_at_ns = None
             self._start_missing()
+        if self._calm_at_ns is not None and now_ns >= self._calm_at_ns:
+            self._calm_at_ns = None
+            for child in self._children:
+                if child.is_hastened and child.is_standing_by:
+                    child.calm()
         if self._watcher_at_ns is not None and now_ns >= self._watcher_at_ns:
             self._watcher_at_ns = None
             self._start_watcher()
@@ -194,7 +202,8 @@ class Supervisor:
     def _on_message(self, child: Child, message: dict[str, Any]) -> None:
         if "standby" in message:
             child.is_standing_by = True
-            child.calm()
+            if child.is_hastened:
+                self._calm_at_ns = self._clock.now_ns() + int(_CALM_AFTER_S * 1e9)
             self._fill_vacancies()
             self._announce_if_full()
             if child.slot is None and self._outdated:
