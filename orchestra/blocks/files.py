@@ -75,7 +75,7 @@ class BlockFiles:
     # -- small objects ---------------------------------------------------------------------------------------------
 
     def small_ready(self, digest: str, data: Buffer) -> _Temporary:
-        """Write a whole small object; `publish_small` puts it in place, before it is closed. Raises OSError."""
+        """Write a whole small object, which `publish_small` then puts in place. Raises OSError."""
         seal = Seal(self._boot_id, bytes.fromhex(digest), len(data), crc32c.crc32c(data))
         temporary = self._temporary()
         try:
@@ -86,14 +86,14 @@ class BlockFiles:
             raise
         return temporary
 
-    def publish_small(self, digest: str, temporary: _Temporary) -> None:
-        """Put a small object in place. Raises OSError."""
+    def publish_small(self, digest: str, path: str) -> None:
+        """Put a small object, ready at `path`, in its place. Raises OSError."""
         target = self._layout.small_file(digest)
         try:
-            self._disk.rename(temporary.path, target)
+            self._disk.rename(path, target)
         except IsADirectoryError:  # somebody's folder in the place of our file
             self.unlink(self.set_aside(digest))
-            self._disk.rename(temporary.path, target)
+            self._disk.rename(path, target)
 
     def verify_small(self, digest: str, size_bytes: int) -> bool | None:
         """Check the bytes against the seal, and seal them for this boot; None if there is no such file."""
@@ -171,6 +171,17 @@ class BlockFiles:
             raise OSError(errno.EIO, f"extent {digest}.{extent_index} vanished while it was made")
         opened[1].set_trusted(self._boot_id)
         return opened
+
+    def write_placed(self, digest: str, extent_index: int, inode: int, data: Buffer, offset: int) -> None:
+        """Write into the extent whose file has that inode. Raises OSError, FileNotFoundError where it was removed."""
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(self._layout.extent_file(digest, extent_index), flags)
+        try:
+            if os.fstat(fd).st_ino != inode:
+                raise FileNotFoundError(errno.ENOENT, "the extent was removed")
+            self._disk.write_at(fd, data, offset)
+        finally:
+            os.close(fd)
 
     def write_at(self, fd: int, data: Buffer, offset: int) -> None:
         """Write into an open extent. Raises OSError."""

@@ -7,6 +7,8 @@ All methods are synchronous and touch only the local disk; they are thread-safe:
 accounts change inside it.
 """
 
+# Over 500 lines: a block that another process writes (Placing) takes the same steps as one that is written here.
+
 from __future__ import annotations
 
 import errno
@@ -16,6 +18,7 @@ import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import crc32c
 
@@ -76,6 +79,73 @@ class BlockStatistics:
     freed_bytes: int  # left because somebody said so
     refused_count: int  # were not let in: no room, or not worth another's place
     pinned_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """What another process wrote: a small object, sealed, at `path`, or a block of that checksum into its extent."""
+
+    path: str = ""
+    crc: int = 0
+
+
+class Placing:
+    """A block that another process writes, from before it is fetched until it is published; a `with` frees what it
+    holds. Room is reserved for it, and its extent does not leave meanwhile."""
+
+    __slots__ = ("_block", "_charge", "_digest", "_filling", "_length", "_name", "_owner", "_size", "_store")
+
+    def __init__(self, store: BlockStore, digest: str, size_bytes: int, block_index: int) -> None:
+        """Raises OSError, CacheFullError where something would have to leave first."""
+        self._store, self._digest, self._size, self._block = store, digest, size_bytes, block_index
+        geometry = store._geometry
+        self._length = geometry.block_range(size_bytes, block_index).length
+        self._charge = _charge(self._length)
+        self._name = store._name(digest, size_bytes, block_index)
+        self._filling: _Filling | None = None
+        with store._lock:
+            if not store._accounts.fits(self._charge, self._name):
+                raise CacheFullError("something has to leave first")
+            if not geometry.is_small(size_bytes):
+                self._filling = store._use_extent(digest, size_bytes, block_index // geometry.blocks_per_extent)
+            store._accounts.reserve(self._charge, self._name)
+            self._owner = store._accounts.origin_of(self._name)
+
+    @property
+    def inode(self) -> int:
+        """Of the extent's file; 0 for a small object, which has none yet."""
+        return 0 if self._filling is None else self._filling.marks.header.extent_inode
+
+    def publish(self, placed: Placed) -> bool:
+        """Let every process of the node read it; False if it cannot be, or was removed meanwhile."""
+        store = self._store
+        if self._filling is None:
+            try:
+                with store._lock:
+                    store._publish_small(self._digest, placed.path, self._charge)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                log.warning("%s cannot be put in its place: %s", placed.path, error)
+                store._files.unlink([placed.path])
+                return False
+        elif not store._mark(self._name, self._filling, self._block, placed.crc, self._charge):
+            return False
+        with store._lock:
+            store._written += self._length
+            store._is_full_known = False
+        return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        store = self._store
+        if self._filling is not None:
+            store._let_go(self._name, self._filling)
+            store._drop_unused(self._name)
+        with store._lock:
+            store._accounts.settle(self._charge, self._owner)
 
 
 class BlockStore:
@@ -220,6 +290,11 @@ class BlockStore:
             self._written += expected
             self._is_full_known = False
 
+    def placing(self, digest: str, size_bytes: int, block_index: int) -> Placing:
+        """Return what a block needs here that another process writes. Raises OSError, CacheFullError where something
+        would have to leave first: that is for `write_block`."""
+        return Placing(self, digest, size_bytes, block_index)
+
     def admits(
         self, digest: str, size_bytes: int, block_index: int, origin: Origin, *, is_asked_for: bool = False
     ) -> bool:
@@ -294,9 +369,7 @@ class BlockStore:
     def _write(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
         if self._geometry.is_small(size_bytes):
             with self._files.small_ready(digest, data) as temporary, self._lock:
-                self._files.publish_small(digest, temporary)
-                if digest not in self._accounts:
-                    self._accounts.grow(digest, _charge(len(data)))
+                self._publish_small(digest, temporary.path, _charge(len(data)))
             return
         crc = crc32c.crc32c(data)
         while not self._try_write_into_extent(digest, size_bytes, block_index, data, crc):
@@ -306,28 +379,47 @@ class BlockStore:
         """Write and mark; False if the extent was removed meanwhile."""
         extent_index = block_index // self._geometry.blocks_per_extent
         name = f"{digest}.{extent_index}"
-        with self._lock:
-            filling = self._filling.get(name) or self._start_filling(digest, size_bytes, extent_index)
-            filling.users += 1
+        filling = self._use_extent(digest, size_bytes, extent_index)
         try:
             offset = (block_index - filling.marks.header.first_block) * self._geometry.block_size_bytes
             self._files.write_at(filling.fd, data, offset)
-            with self._lock:
-                if not filling.is_retired and not filling.marks.is_present(block_index):
-                    filling.marks.set_present(block_index, crc)
-                    self._accounts.grow(name, _charge(len(data)))
-                    filling.absent_count -= 1
-                    if not filling.absent_count:
-                        filling.marks.set_complete()
-                return not filling.is_retired
+            return self._mark(name, filling, block_index, crc, _charge(len(data)))
         finally:
-            with self._lock:
-                filling.users -= 1
-                is_done = not filling.absent_count or len(self._filling) > self._open_extents_max
-                if not filling.users and filling.is_retired:
-                    filling.close()
-                elif not filling.users and is_done:
-                    self._stop_filling(name)
+            self._let_go(name, filling)
+
+    def _publish_small(self, digest: str, path: str, charge: int) -> None:
+        """Under the lock. Raises OSError."""
+        self._files.publish_small(digest, path)
+        if digest not in self._accounts:
+            self._accounts.grow(digest, charge)
+
+    def _use_extent(self, digest: str, size_bytes: int, extent_index: int) -> _Filling:
+        """Return the extent, open; it is not evicted before `_let_go`. Raises OSError."""
+        with self._lock:
+            name = f"{digest}.{extent_index}"
+            filling = self._filling.get(name) or self._start_filling(digest, size_bytes, extent_index)
+            filling.users += 1
+            return filling
+
+    def _mark(self, name: str, filling: _Filling, block_index: int, crc: int, charge: int) -> bool:
+        """Mark a block whose bytes are written; False if the extent was removed meanwhile."""
+        with self._lock:
+            if not filling.is_retired and not filling.marks.is_present(block_index):
+                filling.marks.set_present(block_index, crc)
+                self._accounts.grow(name, charge)
+                filling.absent_count -= 1
+                if not filling.absent_count:
+                    filling.marks.set_complete()
+            return not filling.is_retired
+
+    def _let_go(self, name: str, filling: _Filling) -> None:
+        with self._lock:
+            filling.users -= 1
+            is_done = not filling.absent_count or len(self._filling) > self._open_extents_max
+            if not filling.users and filling.is_retired:
+                filling.close()
+            elif not filling.users and is_done:
+                self._stop_filling(name)
 
     def _start_filling(self, digest: str, size_bytes: int, extent_index: int) -> _Filling:
         name = f"{digest}.{extent_index}"

@@ -30,6 +30,8 @@ from orchestra.daemon.nodes.control import NodeControl
 from orchestra.daemon.peers import PeerService
 from orchestra.daemon.replicas import Replicas
 from orchestra.daemon.space import SpaceAdmin
+from orchestra.engine.carried import CarriedParts
+from orchestra.engine.courier import Courier
 from orchestra.engine.engine import Engine
 from orchestra.engine.mounted import OpenedMount
 from orchestra.engine.sharing import ClusterSharing
@@ -108,12 +110,13 @@ def assemble(
     writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
     nothing: MountTable[OpenedMount] = MountTable([])
     engine = Engine(nothing, catalog, blocks, fetcher, geometry, writers)
+    engine.carried = _carried(layout, engine)
     cluster = _clustered(config, layout, secret, engine, clock)
 
     space = _space_admin(layout, blocks, clock)
     open_store, use = open_store or _open_store, partial(_use_mounts, engine, space)
     mounts = _mount_admin(config, layout, geometry, open_store, use, changes)
-    steering = Steering(engine, clock)
+    steering = Steering(engine, budget, clock)
     tools = LoadTools(
         engine, blocks, geometry, writers, steering, Journal(layout.jobs), clock, config.fetch.requests_max
     )
@@ -154,6 +157,8 @@ async def disassemble(node: Node) -> None:
     await node.dataset.close()
     await node.prefetch.close()
     await node.engine.close()
+    if node.engine.carried is not None:
+        await node.engine.carried.courier.close()
     await node.mounts.close()
     node.writers.shutdown(wait=True)
     if node.blocks.close():
@@ -195,6 +200,13 @@ def _clustered(
     shared.offer = replicas.offer
     cluster.service, cluster.replicas = service, replicas
     return cluster
+
+
+def _carried(layout: CacheLayout, engine: Engine) -> CarriedParts | None:
+    """What loads have a second process for; on one core it would only cost."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return None
+    return CarriedParts(Courier(layout, engine.geometry, boot_id=boot_id()), engine.blocks, engine.fetcher)
 
 
 def _open_blocks(

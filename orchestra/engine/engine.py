@@ -26,6 +26,7 @@ from orchestra.blocks.accounts import CacheFullError, DiskFullError, NotAdmitted
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.rules import Origin
 from orchestra.blocks.store import BlockStore
+from orchestra.engine.carried import CarriedParts
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import (
     NotADirectoryPathError,
@@ -39,6 +40,7 @@ from orchestra.metadata.catalog import Catalog
 from orchestra.metadata.records import Record, RecordEntry
 from orchestra.namespace.mounts import Location, MountTable
 from orchestra.namespace.paths import normalize_path
+from orchestra.stores.carrying import NotCarriedError
 from orchestra.stores.contract import Buffer
 from orchestra.values import ByteRange, EntryKind, ObjectId, ObjectInfo
 
@@ -145,6 +147,8 @@ class Engine:
         self._is_closed = False
         # Set where there is a cluster; else every part comes from its store.
         self.sharing: Sharing | None = None
+        # Set where loads may have a process of their own for their bytes.
+        self.carried: CarriedParts | None = None
         self.stalls = fetcher.stalls
         self._listeners: list[Callable[[Access], None]] = []
         self.statistics = EngineStatistics()
@@ -412,6 +416,14 @@ class Engine:
         span = self.geometry.block_range(size, part.start)
         if len(part) > 1:
             span = ByteRange(span.start, self.geometry.block_range(size, part.stop - 1).stop)
+        if self.carried is not None and self.sharing is None and self.carried.takes(wanted, part, priority):
+            try:
+                await self.carried.bring(wanted, part.start, span, priority, marks)
+            except NotCarriedError:
+                del marks[1:]
+            else:
+                self.statistics.blocks_fetched += 1
+                return True
         if self.sharing is None:
             brought: Bringing = self.fetcher.part(wanted.mount.store, wanted.info, span, priority, marks)
         else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestra.config import MountConfig
 from orchestra.errors import OrchestraError
+from orchestra.stores.carrying import PlacingStore, as_placing
 from orchestra.stores.contract import UnderStore
 
 
@@ -17,6 +18,10 @@ class OpenedMount:
     source: str  # "config": from orchestra.toml; "added": by `orchestra mount add`
     opened: UnderStore | None
     error: OrchestraError | None = None
+    placing: PlacingStore | None = field(init=False, repr=False, compare=False)  # the same store, if it can
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "placing", as_placing(self.opened))
 
     @property
     def path(self) -> str:

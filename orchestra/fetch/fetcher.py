@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
-from orchestra.fetch.demand import DemandMeter
 from orchestra.observe.stalls import StallTable
+from orchestra.stores.carrying import Carrier, NotCarriedError, PlacingStore
 from orchestra.stores.contract import Buffer
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
@@ -49,7 +49,6 @@ class Fetcher:
         self._budget = budget
         self.statistics = FetchStatistics()
         self.stalls = StallTable()
-        self.demand = DemandMeter()
         self._asking = 0
         self._asking_since_ns = 0
 
@@ -72,13 +71,7 @@ class Fetcher:
         self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
     ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
-        await self._budget.acquire(byte_range.length, priority)
-        marks.append(self._begin_asking())
-        self.statistics.requests += 1
-        URGENCY.set(priority)
-        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
-        if demand is not None:
-            demand.begin(byte_range.length, marks[-1])
+        await self._ask(byte_range, priority, marks)
         try:
             data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
@@ -91,12 +84,39 @@ class Fetcher:
             raise
         finally:
             marks.append(self._end_asking())
-            if demand is not None:
-                demand.end(byte_range.length, marks[-1])
-        if demand is not None:
-            demand.answered(marks[-1] - marks[-2], byte_range.length)
         self.statistics.bytes_fetched += byte_range.length
         return data
+
+    async def place(
+        self,
+        store: PlacingStore,
+        info: ObjectInfo,
+        byte_range: ByteRange,
+        priority: Priority,
+        marks: list[int],
+        carrier: Carrier,
+    ) -> None:
+        """As `read`, with the bytes where `carrier` puts them. Also raises NotCarriedError."""
+        await self._ask(byte_range, priority, marks)
+        try:
+            await store.place(info, byte_range, carrier)
+        except NotCarriedError:
+            self.statistics.requests -= 1
+            self.release(byte_range.length)
+            raise
+        except BaseException:
+            self.statistics.failures += 1
+            self.release(byte_range.length)
+            raise
+        finally:
+            marks.append(self._end_asking())
+        self.statistics.bytes_fetched += byte_range.length
+
+    async def _ask(self, byte_range: ByteRange, priority: Priority, marks: list[int]) -> None:
+        await self._budget.acquire(byte_range.length, priority)
+        marks.append(self._begin_asking())
+        self.statistics.requests += 1
+        URGENCY.set(priority)
 
     def _begin_asking(self) -> int:
         now_ns = self.stalls.now_ns()

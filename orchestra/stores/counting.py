@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
 from orchestra.errors import NotFoundError, OrchestraError
+from orchestra.stores.carrying import Carrier, NotCarriedError, as_placing
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.pages import PagesThrough
 from orchestra.values import ByteRange, ObjectInfo
@@ -59,6 +60,7 @@ class CountingStore:
 
     def __init__(self, inner: UnderStore) -> None:
         self._inner = inner
+        self._placing = as_placing(inner)
         self._requests = {"head": 0, "list": 0, "read": 0, "probe": 0}
         self._read_bytes = 0
         self._errors = 0
@@ -67,6 +69,10 @@ class CountingStore:
     @property
     def store_id(self) -> str:
         return self._inner.store_id
+
+    @property
+    def can_place(self) -> bool:
+        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the counts as they are now."""
@@ -95,7 +101,7 @@ class CountingStore:
         except asyncio.CancelledError:
             self._abandoned += 1
             raise
-        except StopAsyncIteration:  # the end of a listing was no request
+        except (StopAsyncIteration, NotCarriedError):  # the end of a listing was no request, nor what was not sent
             self._requests[kind] -= 1
             raise
 
@@ -109,6 +115,12 @@ class CountingStore:
         data = await self._counted("read", lambda: self._inner.read(info, byte_range))
         self._read_bytes += len(data)
         return data
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        assert self._placing is not None, "can_place says so"
+        placing = self._placing
+        await self._counted("read", lambda: placing.place(info, byte_range, carrier))
+        self._read_bytes += byte_range.length
 
     async def probe(self) -> None:
         await self._counted("probe", self._inner.probe)

@@ -20,17 +20,10 @@ from orchestra.config import FetchConfig
 from orchestra.errors import ConfigError, NotFoundError, StoreError
 from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.counting import StoreStatistics
-from orchestra.stores.http_client import (
-    HttpClient,
-    HttpSettings,
-    check_encoding,
-    http_date,
-    is_strong_etag,
-    mtime_ns_of,
-    version_of_headers,
-)
+from orchestra.stores.http_client import HttpClient, HttpSettings, http_date, is_strong_etag
 from orchestra.stores.options import HTTP_NAMES, canonical_options, flag
 from orchestra.stores.pages import PagedListing
+from orchestra.stores.range_answers import check_encoding, mtime_ns_of, version_of_headers
 from orchestra.stores.translate import Operation, as_stale, unavailable
 from orchestra.stores.uri import StoreUri
 from orchestra.values import ByteRange, ObjectInfo

@@ -1,7 +1,7 @@
 """One HTTP request and its verdict, for the stores that must see headers: http.py and s3_wire.py.
 
-Owns: the aiohttp session, translation of its failures, and what an answer to a range request must look like. Leaves
-to others: URLs, signatures, what a version is compared with.
+Owns: the aiohttp session, and translation of its failures. Leaves to others: URLs, signatures, what an answer to a
+range request must look like (range_answers).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -24,8 +23,17 @@ from yarl import URL
 
 from orchestra.clock import Clock
 from orchestra.errors import ConfigError, OrchestraError, StoreError, StoreUnavailableError
+from orchestra.stores.carrying import Carrier, Errand, NotCarriedError, Server
 from orchestra.stores.contract import Buffer
-from orchestra.stores.range_client import NotPlainError, RangeAnswer, RangeClient
+from orchestra.stores.range_answers import check_encoding, check_plain_answer, check_range_answer, version_of_headers
+from orchestra.stores.range_client import (
+    NotPlainError,
+    RangeAnswer,
+    RangeClient,
+    request_of,
+    ssl_context_of,
+    ssl_setting_of,
+)
 from orchestra.stores.translate import (
     Operation,
     changed,
@@ -36,17 +44,13 @@ from orchestra.stores.translate import (
     unreachable,
 )
 from orchestra.units import MIB
-from orchestra.values import ByteRange, weak_version
+from orchestra.values import ByteRange
 
 # A LIST answer of 1,000 keys of 1,024 bytes, each percent-encoded, is 3 MiB and its markup; an index page of 100,000
 # links is 10 MiB. More is no listing.
 DOCUMENT_BYTES_MAX = 16 * MIB
-# A server that ignores Range sends the whole object: reading up to 16 MiB to cut a block out of it is a slow answer,
-# more would be a download per block.
-WHOLE_BODY_BYTES_MAX = 16 * MIB
 REDIRECTS_MAX = 3
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"\Z')
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,9 @@ class HttpClient:
         self._settings = settings
         self._clock = clock
         self._session: aiohttp.ClientSession | None = None
-        self._ssl: ssl.SSLContext | bool = _ssl_context(settings)
+        self._ssl: ssl.SSLContext | bool = _ssl_setting(settings)
         self._ranges: dict[str, RangeClient | None] = {}
+        self._servers: dict[str, Server] = {}
         self._is_plain = True
 
     async def close(self) -> None:
@@ -168,22 +173,51 @@ class HttpClient:
             raise unavailable(operation, f"the body ended after {len(data)} of {skip + byte_range.length} bytes")
         return data[skip:] if skip else data
 
+    async def place_range(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        operation: Operation,
+        carrier: Carrier,
+        *,
+        byte_range: ByteRange,
+        size_bytes: int,
+        version: str,
+    ) -> None:
+        """As `fetch_range`, with the bytes where `carrier` puts them. Also raises NotCarriedError."""
+        base, target = _split(url)
+        if not self._is_plain or self._range_client(base) is None:
+            raise NotCarriedError
+        errand = Errand(self._server(base), request_of(target, headers), byte_range, size_bytes, version)
+        try:
+            answer = await carrier.carry(errand)
+        except TimeoutError as error:
+            raise _translated(error, operation, self._settings) from error
+        if answer is not None:
+            self._checked(answer, operation, byte_range=byte_range, size_bytes=size_bytes, version=version)
+            raise NotCarriedError  # the answer is right, and its bytes did not find their place
+
+    def _server(self, base: str) -> Server:
+        server = self._servers.get(base)
+        if server is None:
+            settings = self._settings
+            server = self._servers[base] = Server(
+                base, settings.attempt_timeout_s, settings.ca_file, settings.allow_invalid_certificates
+            )
+        return server
+
     def _checked(
         self, answer: RangeAnswer, operation: Operation, *, byte_range: ByteRange, size_bytes: int, version: str
     ) -> Buffer:
         """Return the bytes of a whole 206, or raise what the answer says."""
-        headers = answer.headers
-        if answer.status != 206:
-            wait_s = retry_after_s(headers, now_s=self._clock.wall_s())
-            code = s3_code(bytes(answer.data).decode("utf-8", "replace"))
-            raise error_for_status(answer.status, operation, code=code, retry_after_s=wait_s)
-        check_encoding(headers, operation)
-        check_range_answer(answer.status, headers, byte_range, size_bytes, operation)
-        now = version_of_headers(headers, size_bytes)
-        if now != version:
-            raise changed(operation, was=version, now=now)
-        if len(answer.data) != byte_range.length:
-            raise unavailable(operation, f"the body has {len(answer.data)} bytes instead of {byte_range.length}")
+        check_plain_answer(
+            answer,
+            operation,
+            byte_range=byte_range,
+            size_bytes=size_bytes,
+            version=version,
+            now_s=self._clock.wall_s(),
+        )
         return answer.data
 
     def _range_client(self, base: str) -> RangeClient | None:
@@ -191,7 +225,7 @@ class HttpClient:
         if base not in self._ranges:
             client = None
             if not (self._settings.proxy_url or _environment_proxy(base)):
-                context = _context(self._ssl) if base.startswith("https:") else None
+                context = ssl_context_of(self._ssl) if base.startswith("https:") else None
                 client = RangeClient(base, ssl_context=context, stall_timeout_s=self._settings.attempt_timeout_s)
             self._ranges[base] = client
         return self._ranges[base]
@@ -216,60 +250,6 @@ class HttpClient:
             code = s3_code((await response.content.read(64 * 1024)).decode("utf-8", "replace"))
         wait_s = retry_after_s(response.headers, now_s=self._clock.wall_s())
         raise error_for_status(response.status, operation, code=code, retry_after_s=wait_s)
-
-
-def check_encoding(headers: Mapping[str, str], operation: Operation) -> None:
-    """Raise StoreError for a compressed answer: its lengths and offsets are not those of the object."""
-    encoding = headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "aws-chunked"):
-        raise StoreError(
-            operation.failed(
-                f"the server sends it with Content-Encoding {encoding!r}, so byte ranges would be of the compressed"
-                " form: turn compression off for this folder"
-            )
-        )
-
-
-def check_range_answer(
-    status: int, headers: Mapping[str, str], wanted: ByteRange, size_bytes: int, operation: Operation
-) -> int:
-    """Return how many bytes of the body come before `wanted`: 0 for a right 206, its start for a small whole body.
-
-    Raises StoreUnavailableError for another range, StaleObjectError for another size, StoreError for a large body
-    from a server that ignores ranges.
-    """
-    if status == 206:
-        match = _CONTENT_RANGE.match(headers.get("Content-Range", ""))
-        if match is None:
-            raise unavailable(operation, "the answer to a range request has no readable Content-Range")
-        got = (int(match[1]), int(match[2]) + 1)
-        if got != (wanted.start, wanted.stop):
-            raise unavailable(
-                operation, f"asked for the bytes [{wanted.start}, {wanted.stop}) and got [{got[0]}, {got[1]})"
-            )
-        if match[3] != "*" and int(match[3]) != size_bytes:
-            raise changed(operation, was=f"{size_bytes} bytes", now=f"{match[3]} bytes")
-        return 0
-    length = headers.get("Content-Length", "")
-    if length.isdigit() and int(length) != size_bytes:
-        raise changed(operation, was=f"{size_bytes} bytes", now=f"{length} bytes")
-    if wanted.start and wanted.stop > WHOLE_BODY_BYTES_MAX:
-        raise StoreError(operation.failed("the server ignores byte ranges and the object is too large to be cut here"))
-    return wanted.start
-
-
-def mtime_ns_of(last_modified: str) -> int:
-    """Return a Last-Modified header in nanoseconds since 1970, 0 without a readable one."""
-    try:
-        return int(parsedate_to_datetime(last_modified).timestamp()) * 10**9
-    except (ValueError, TypeError, OverflowError):
-        return 0
-
-
-def version_of_headers(headers: Mapping[str, str], size_bytes: int) -> str:
-    """Return the ETag as sent, else size and modification time."""
-    etag = headers.get("ETag", "").strip()
-    return etag or weak_version(size_bytes, mtime_ns_of(headers.get("Last-Modified", "")))
 
 
 def is_strong_etag(version: str) -> bool:
@@ -327,28 +307,11 @@ def _tls_reason(error: Exception) -> str:
     return str(getattr(inner, "verify_message", "") or getattr(inner, "reason", "") or "the handshake failed")
 
 
-def _ssl_context(settings: HttpSettings) -> ssl.SSLContext | bool:
-    if settings.allow_invalid_certificates:
-        return False
-    if not settings.ca_file:
-        return True
+def _ssl_setting(settings: HttpSettings) -> ssl.SSLContext | bool:
     try:
-        context = ssl.create_default_context()
-        context.load_verify_locations(cafile=settings.ca_file)
+        return ssl_setting_of(settings.ca_file, allow_invalid=settings.allow_invalid_certificates)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"option 'ca_file': {settings.ca_file!r} is no readable PEM file of certificates") from error
-    return context
-
-
-def _context(setting: ssl.SSLContext | bool) -> ssl.SSLContext:
-    """Return what aiohttp makes of the same setting: True is the default, False trusts anybody."""
-    if isinstance(setting, ssl.SSLContext):
-        return setting
-    context = ssl.create_default_context()
-    if not setting:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _split(url: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from orchestra.stores.carrying import Carrier, as_placing
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.pages import PagesThrough
@@ -128,11 +129,16 @@ class LimitedStore:
 
     def __init__(self, inner: UnderStore, *, requests_max: int) -> None:
         self._inner = inner
+        self._placing = as_placing(inner)
         self._window = RequestWindow(requests_max)
 
     @property
     def store_id(self) -> str:
         return self._inner.store_id
+
+    @property
+    def can_place(self) -> bool:
+        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts with the window's."""
@@ -164,6 +170,11 @@ class LimitedStore:
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         return await self._in_turn(lambda: self._inner.read(info, byte_range))
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        assert self._placing is not None, "can_place says so"
+        placing = self._placing
+        await self._in_turn(lambda: placing.place(info, byte_range, carrier))
 
     async def probe(self) -> None:
         await self._in_turn(self._inner.probe)

@@ -17,9 +17,11 @@ import obstore
 from obstore.exceptions import BaseError, UnauthenticatedError
 
 from orchestra.errors import AccessDeniedError, NotFoundError, OrchestraError, StoreError
+from orchestra.stores.carrying import Carrier
 from orchestra.stores.contract import Buffer, ListPage
-from orchestra.stores.http_client import check_encoding, is_strong_etag
+from orchestra.stores.http_client import is_strong_etag
 from orchestra.stores.pages import PagedListing, cut_into_pages, listing_that_arrives_whole
+from orchestra.stores.range_answers import check_encoding
 from orchestra.stores.translate import (
     Operation,
     ThrottledError,
@@ -47,6 +49,8 @@ class Wire(Protocol):
     async def head(self, key: str) -> ObjectInfo: ...
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer: ...
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None: ...
 
     def list_directory(self, prefix: str) -> PagedListing[str]: ...
 
@@ -104,6 +108,19 @@ class ObjectStoreStore:
             if self._wire is not None:  # obstore's threads cost more than the request (range_client.py)
                 return await self._wire.read(info, byte_range)
             return await self._read_by_obstore(path, info, byte_range, operation)
+        except NotFoundError as error:
+            raise as_stale(error, operation) from error
+
+    @property
+    def can_place(self) -> bool:
+        return self._wire is not None
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        assert self._wire is not None, "can_place says so"
+        operation = Operation("read", info.key, self._label)
+        try:
+            _check_utf8(self._root + info.key, operation)
+            await self._wire.place(info, byte_range, carrier)
         except NotFoundError as error:
             raise as_stale(error, operation) from error
 

@@ -80,8 +80,10 @@ class RangeClient:
         Raises NotPlainError, OSError (TimeoutError among them), ssl.SSLError, StoreUnavailableError for a body cut
         short. After an error or a cancellation the connection is closed and nobody writes into its buffer any more.
         """
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        request = f"GET {target} HTTP/1.1\r\n{lines}accept-encoding: identity\r\n\r\n".encode("latin-1")
+        return await self.send(request_of(target, headers), wanted)
+
+    async def send(self, request: bytes, wanted: ByteRange) -> RangeAnswer:
+        """As `get`, of a request as it goes out."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_usable:
@@ -149,6 +151,33 @@ class RangeClient:
                 server_hostname=self._host if self._ssl is not None else None,
             )
         return connection
+
+
+def request_of(target: str, headers: Mapping[str, str]) -> bytes:
+    """Return the GET as it goes out."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    return f"GET {target} HTTP/1.1\r\n{lines}accept-encoding: identity\r\n\r\n".encode("latin-1")
+
+
+def ssl_setting_of(ca_file: str, *, allow_invalid: bool) -> ssl.SSLContext | bool:
+    """Return whom to trust, as aiohttp takes it: False trusts anybody, True is the system's default. Raises OSError and
+    ssl.SSLError for a file that holds no certificates."""
+    if allow_invalid or not ca_file:
+        return not allow_invalid
+    context = ssl.create_default_context()
+    context.load_verify_locations(cafile=ca_file)
+    return context
+
+
+def ssl_context_of(setting: ssl.SSLContext | bool) -> ssl.SSLContext:
+    """Return what aiohttp makes of the same setting."""
+    if isinstance(setting, ssl.SSLContext):
+        return setting
+    context = ssl.create_default_context()
+    if not setting:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 class Buffers:

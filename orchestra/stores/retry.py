@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError, StoreUnavailableError
+from orchestra.stores.carrying import Carrier, as_placing
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.deadlines import Deadlines
@@ -66,6 +67,7 @@ class RetryStore:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._inner = inner
+        self._placing = as_placing(inner)
         self._policy = policy
         self._clock = clock
         self._chance = chance
@@ -76,6 +78,10 @@ class RetryStore:
     @property
     def store_id(self) -> str:
         return self._inner.store_id
+
+    @property
+    def can_place(self) -> bool:
+        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts with the retries."""
@@ -133,6 +139,11 @@ class RetryStore:
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         return await self._persist(lambda: self._inner.read(info, byte_range))
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        assert self._placing is not None, "can_place says so"
+        placing = self._placing
+        await self._persist(lambda: placing.place(info, byte_range, carrier))
 
     async def probe(self) -> None:
         """Not tried again: an operator who waits wants the plain reason now."""

@@ -16,16 +16,11 @@ from xml.etree import ElementTree
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError
+from orchestra.stores.carrying import Carrier
 from orchestra.stores.contract import Buffer, ListPage
-from orchestra.stores.http_client import (
-    HttpClient,
-    HttpSettings,
-    check_encoding,
-    is_strong_etag,
-    mtime_ns_of,
-    version_of_headers,
-)
+from orchestra.stores.http_client import HttpClient, HttpSettings, is_strong_etag
 from orchestra.stores.pages import PAGE_KEYS_MAX, PagedListing
+from orchestra.stores.range_answers import check_encoding, mtime_ns_of, version_of_headers
 from orchestra.stores.s3_config import CredentialSource, S3Config
 from orchestra.stores.sigv4 import Request, encode_path, encode_query, signed_headers
 from orchestra.stores.translate import Operation, unavailable
@@ -61,10 +56,7 @@ class S3Wire:
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         """GET one range of one version."""
-        wanted = {"range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
-        if is_strong_etag(info.version):
-            wanted["if-match"] = info.version
-        url, headers = await self._signed("GET", self._config.root + info.key, [], wanted)
+        url, headers = await self._ranged(info, byte_range)
         return await self._http.fetch_range(
             url,
             headers,
@@ -73,6 +65,25 @@ class S3Wire:
             size_bytes=info.size_bytes,
             version=info.version,
         )
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        """As `read`, with the bytes where `carrier` puts them."""
+        url, headers = await self._ranged(info, byte_range)
+        await self._http.place_range(
+            url,
+            headers,
+            self._operation("read", info.key),
+            carrier,
+            byte_range=byte_range,
+            size_bytes=info.size_bytes,
+            version=info.version,
+        )
+
+    async def _ranged(self, info: ObjectInfo, byte_range: ByteRange) -> tuple[str, dict[str, str]]:
+        wanted = {"range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
+        if is_strong_etag(info.version):
+            wanted["if-match"] = info.version
+        return await self._signed("GET", self._config.root + info.key, [], wanted)
 
     def list_directory(self, prefix: str) -> PagedListing[str]:
         """LIST below `prefix`, one request a page."""

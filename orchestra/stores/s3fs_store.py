@@ -19,9 +19,10 @@ from orchestra.clock import Clock
 from orchestra.config import FetchConfig
 from orchestra.errors import AccessDeniedError, ConfigError, NotFoundError, OrchestraError, StoreError
 from orchestra.stores.contract import Buffer, ListPage
-from orchestra.stores.http_client import check_encoding, check_range_answer, is_strong_etag, version_of_headers
+from orchestra.stores.http_client import is_strong_etag
 from orchestra.stores.options import S3_ALIASES, S3_NAMES, S3FS_NAMES, canonical_options, flag, literal
 from orchestra.stores.pages import PAGE_KEYS_MAX, PagedListing
+from orchestra.stores.range_answers import check_encoding, check_range_answer, version_of_headers
 from orchestra.stores.s3_config import checked_endpoint
 from orchestra.stores.s3_wire import quoted_etag
 from orchestra.stores.translate import (

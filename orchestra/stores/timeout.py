@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from orchestra.errors import StoreUnavailableError
+from orchestra.stores.carrying import Carrier, as_placing
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.deadlines import Deadlines
@@ -30,12 +31,17 @@ class TimeoutStore:
 
     def __init__(self, inner: UnderStore, *, attempt_timeout_s: float) -> None:
         self._inner = inner
+        self._placing = as_placing(inner)
         self._attempt_timeout_s = attempt_timeout_s
         self._deadlines = Deadlines()
 
     @property
     def store_id(self) -> str:
         return self._inner.store_id
+
+    @property
+    def can_place(self) -> bool:
+        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts."""
@@ -62,8 +68,16 @@ class TimeoutStore:
         return PagesThrough(pages, lambda request: self._bounded(f"list {prefix!r}", limit_s, request))
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
-        limit_s = self._attempt_timeout_s + byte_range.length / FLOOR_BYTES_PER_S
+        limit_s = self._limit_of(byte_range)
         return await self._bounded(f"read {info.key!r}", limit_s, lambda: self._inner.read(info, byte_range))
+
+    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+        assert self._placing is not None, "can_place says so"
+        placing, limit_s = self._placing, self._limit_of(byte_range)
+        await self._bounded(f"read {info.key!r}", limit_s, lambda: placing.place(info, byte_range, carrier))
+
+    def _limit_of(self, byte_range: ByteRange) -> float:
+        return self._attempt_timeout_s + byte_range.length / FLOOR_BYTES_PER_S
 
     async def probe(self) -> None:
         await self._bounded("reach the store", self._attempt_timeout_s, self._inner.probe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,58 +22,17 @@ from orchestra.errors import (
 from orchestra.stores.http_client import HttpClient, HttpSettings
 from orchestra.stores.translate import Operation, ThrottledError
 from orchestra.values import ByteRange
+from tests.support.scripted_server import ScriptedServer
 
 SPAN = ByteRange(2, 6)
 PLAIN = b'HTTP/1.1 206 Partial\r\nETag: "abc"\r\nContent-Range: bytes 2-5/10\r\nContent-Length: 4\r\n\r\n2345'
 CHUNKED = b'HTTP/1.1 206 P\r\nETag: "abc"\r\nContent-Range: bytes 2-5/10\r\nTransfer-Encoding: chunked\r\n\r\n'
 
 
-class ScriptedServer:
-    """Answers each request with the next of `answers` (the last one for ever), each a sequence of pieces."""
-
-    def __init__(self) -> None:
-        self.answers: list[Sequence[bytes]] = []
-        self.hang_up = False  # after each answer
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.url = ""
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.connections += 1
-        try:
-            while True:
-                self.requests.append(await reader.readuntil(b"\r\n\r\n"))
-                pieces = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-                for piece in pieces:
-                    writer.write(piece)
-                    await writer.drain()
-                    await asyncio.sleep(0)  # the reader's turn: each piece arrives by itself
-                if self.hang_up:
-                    break
-        except (EOFError, OSError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    async def stop(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
-    scripted = ScriptedServer()
-    listening = await asyncio.start_server(scripted.serve, "127.0.0.1", 0)
-    scripted.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/bucket/k"
-    yield scripted
-    listening.close()
-    await scripted.stop()
+    async with ScriptedServer().running() as scripted:
+        yield scripted
 
 
 @pytest.fixture

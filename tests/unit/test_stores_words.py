@@ -24,16 +24,10 @@ from orchestra.errors import (
 )
 from orchestra.stores.contract import StoreSettings
 from orchestra.stores.http import links_below
-from orchestra.stores.http_client import (
-    check_encoding,
-    check_range_answer,
-    http_date,
-    is_strong_etag,
-    mtime_ns_of,
-    version_of_headers,
-)
+from orchestra.stores.http_client import http_date, is_strong_etag
 from orchestra.stores.options import canonical_options, flag, literal, needs_s3fs
 from orchestra.stores.pages import PAGE_KEYS_MAX, cut_into_pages
+from orchestra.stores.range_answers import check_encoding, check_range_answer, mtime_ns_of, version_of_headers
 from orchestra.stores.registry import open_bare_store, open_store
 from orchestra.stores.s3_config import resolve_s3
 from orchestra.stores.s3_wire import parse_list_page, quoted_etag

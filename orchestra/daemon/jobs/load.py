@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 
 from orchestra.blocks.geometry import Geometry
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # Bytes verified in one go by a thread of the disk's pool: a tenth of a second, after which others have it.
 _VERIFIED_AT_ONCE_BYTES = 64 * MIB
+# Missing bytes from which on a load has a courier: below it is over before that process is up.
+_CARRIED_BYTES_MIN = 64 * MIB
 # Rounds over what was there and is gone again when the end is looked at; more means that others need the space.
 _ROUNDS_MAX = 2
 
@@ -81,13 +83,15 @@ class LoadRun:
         self._left_bytes = 0
         self._loader: Loader | None = None
         self._is_counting = True
+        self._has_courier = False
+        self._helped = ExitStack()
 
     async def run(self) -> None:
         """Do it all; the job is over afterwards. Cancelling leaves the job as it is, to be begun again or stopped."""
         job = self._job
         job.begin_again()
         URGENCY.set(Priority.LOAD)
-        with self._tools.journal.failures(job.job_id) as self._failure_file:
+        with self._helped, self._tools.journal.failures(job.job_id) as self._failure_file:
             try:
                 fit = await self._plan()
                 if self._hold is not None:
@@ -131,12 +135,19 @@ class LoadRun:
                 missing[store_id] += lacking
                 charged[store_id] += blocks.charge_of(size_bytes) - lacking
             job.files_total, job.bytes_total = files_total, bytes_total
+            self._call_courier(missing.total())
         job.is_planned = True
         held = blocks.statistics()
         # Pinned files of others stay; which of the pinned are ours is not asked, they count as ours as far as they can.
         others_pinned = max(0, held.pinned_bytes - charged.total())
         free = held.used_bytes + blocks.room_bytes() - charged.total() - others_pinned
         return within_quotas(Fit(missing.total(), free, charged.total()), self._fits_of_quotas(missing, charged))
+
+    def _call_courier(self, missing_bytes: int) -> None:
+        carried = self._tools.engine.carried
+        if carried is not None and missing_bytes >= _CARRIED_BYTES_MIN and not self._has_courier:
+            self._has_courier = True
+            self._helped.enter_context(carried.courier.held())
 
     def _fits_of_quotas(self, missing: Counter[str], charged: Counter[str]) -> Iterator[Fit]:
         for store_id, missing_bytes in missing.items():

@@ -1,0 +1,162 @@
+"""What the daemon and its courier say to each other over their socket pair. Pure.
+
+A message is its length, its kind, the errand's number, and a body. The daemon begins with SETUP, names each server once
+(SERVER), and then sends errands (CARRY) and takes them back (CANCEL); the courier begins with READY and answers each
+errand that was not taken back once: PLACED, ANSWERED (the server said something else), STALLED or FAILED.
+
+Owns: these bytes. Both ends are of one installation and live no longer than a daemon, so there is no version of it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any
+
+from multidict import CIMultiDict
+
+from orchestra.blocks.store import Placed
+from orchestra.stores.carrying import Errand, Server
+from orchestra.stores.range_client import RangeAnswer
+from orchestra.values import ByteRange
+
+_HEAD = struct.Struct("<IBQ")  # length of what follows the length, kind, number
+_LENGTH = struct.Struct("<I")
+_CARRY = struct.Struct("<HIQQQQ32sH")  # server, block, inode, start, stop, size, digest, length of the version
+_ANSWER = struct.Struct("<HI")  # status, length of the headers
+# Of an answer that is handed on: an error's document, or a body so short that its length is what is wrong.
+ANSWER_BYTES_MAX = 64 * 1024
+
+
+class Kind(IntEnum):
+    """Of a message."""
+
+    SETUP = 1
+    SERVER = 2
+    CARRY = 3
+    CANCEL = 4
+    READY = 5
+    PLACED = 6
+    ANSWERED = 7
+    STALLED = 8
+    FAILED = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a courier has to know of the cache directory."""
+
+    cache_dir: str
+    block_size_bytes: int
+    extent_size_bytes: int
+    boot_id: str  # in hex
+
+    def pack(self) -> bytes:
+        """Return the message."""
+        return message(Kind.SETUP, 0, json.dumps(asdict(self)).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes go: a block of an object; `inode` is that of its extent's file, 0 for a small object."""
+
+    digest: str
+    block: int
+    inode: int
+
+
+def message(kind: Kind, number: int, body: bytes = b"") -> bytes:
+    """Return the bytes of a message."""
+    return _HEAD.pack(_HEAD.size - _LENGTH.size + len(body), kind, number) + body
+
+
+def server_message(index: int, server: Server) -> bytes:
+    """Name a server by a number."""
+    return message(Kind.SERVER, index, json.dumps(asdict(server)).encode())
+
+
+def carry_message(number: int, server_index: int, place: Place, errand: Errand) -> bytes:
+    """Ask for an errand."""
+    version = errand.version.encode("utf-8", "surrogateescape")
+    span = errand.byte_range
+    fixed = _CARRY.pack(
+        server_index,
+        place.block,
+        place.inode,
+        span.start,
+        span.stop,
+        errand.size_bytes,
+        place.digest.encode(),
+        len(version),
+    )
+    length = _HEAD.size - _LENGTH.size + len(fixed) + len(version) + len(errand.request)
+    return b"".join((_HEAD.pack(length, Kind.CARRY, number), fixed, version, errand.request))
+
+
+def unpack_carry(body: bytes, servers: dict[int, Server]) -> tuple[int, Place, Errand]:
+    """Return the server's number, the place and the errand."""
+    index, block, inode, start, stop, size, digest, version_length = _CARRY.unpack_from(body)
+    request_at = _CARRY.size + version_length
+    version = body[_CARRY.size : request_at].decode("utf-8", "surrogateescape")
+    errand = Errand(servers[index], body[request_at:], ByteRange(start, stop), size, version)
+    return index, Place(digest.decode(), block, inode), errand
+
+
+def placed_message(number: int, placed: Placed) -> bytes:
+    """Say that an errand is done."""
+    return message(Kind.PLACED, number, _LENGTH.pack(placed.crc) + placed.path.encode("utf-8", "surrogateescape"))
+
+
+def unpack_placed(body: bytes) -> Placed:
+    """Return what was written."""
+    return Placed(body[_LENGTH.size :].decode("utf-8", "surrogateescape"), _LENGTH.unpack_from(body)[0])
+
+
+def answer_message(number: int, answer: RangeAnswer) -> bytes:
+    """Hand on an answer that is not what was asked for."""
+    if len(answer.data) > ANSWER_BYTES_MAX:
+        return message(Kind.FAILED, number)
+    headers = json.dumps(list(answer.headers.items())).encode()
+    return message(Kind.ANSWERED, number, _ANSWER.pack(answer.status, len(headers)) + headers + bytes(answer.data))
+
+
+def unpack_answer(body: bytes) -> RangeAnswer:
+    """Return the answer."""
+    status, length = _ANSWER.unpack_from(body)
+    headers: list[tuple[str, str]] = json.loads(body[_ANSWER.size : _ANSWER.size + length])
+    return RangeAnswer(status, CIMultiDict(headers), memoryview(body)[_ANSWER.size + length :])
+
+
+class Messages:
+    """Cuts what was received into messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (kind, number, body) of each message that is whole now; the iterator must be used up."""
+        data = self._rest + data if self._rest else data
+        at = 0
+        while len(data) - at >= _HEAD.size:
+            length, kind, number = _HEAD.unpack_from(data, at)
+            stop = at + _LENGTH.size + length
+            if stop > len(data):
+                break
+            yield kind, number, data[at + _HEAD.size : stop]
+            at = stop
+        self._rest = data[at:]
+
+
+def setup_of(body: bytes) -> Setup:
+    """Inverse of Setup.pack."""
+    known: dict[str, Any] = json.loads(body)
+    return Setup(**known)
+
+
+def server_of(body: bytes) -> Server:
+    """Return what `server_message` named."""
+    known: dict[str, Any] = json.loads(body)
+    return Server(**known)

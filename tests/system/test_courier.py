@@ -1,0 +1,314 @@
+"""Loads whose bytes a second process receives and writes: the same bytes, counts, errors and limits as without it, and
+nothing is lost when it dies, stops or meets what it does not know.
+
+The node runs in a thread of this process over a real S3 store; the courier is a real process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from common import OriginProcess, running_origin
+from synthetic import dataset_keys, expected_bytes
+
+from orchestra.blocks.geometry import Geometry
+from orchestra.blocks.layout import CacheLayout, prepare
+from orchestra.clock import SystemClock
+from orchestra.config import FetchConfig
+from orchestra.daemon.jobs import load
+from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
+from orchestra.engine import courier as courier_module
+from orchestra.engine.courier import Courier
+from orchestra.engine.courier_wire import Place
+from orchestra.errors import OrchestraError
+from orchestra.stores.carrying import NotCarriedError
+from orchestra.stores.contract import StoreSettings, UnderStore
+from orchestra.stores.counting import statistics_of
+from orchestra.stores.http_client import HttpClient, HttpSettings
+from orchestra.stores.registry import open_store
+from orchestra.stores.translate import Operation
+from orchestra.units import MIB
+from orchestra.values import ByteRange
+from tests.support.node import PATIENCE_S, ThreadNode, thread_node
+from tests.support.ram import ram_folder
+from tests.support.scripted_server import ScriptedServer
+
+pytestmark = pytest.mark.system
+
+COUNT, SIZE = 150, 3000
+# Blocks as long as a part, as they are by default: parts of several blocks are not carried.
+BLOCK, EXTENT = 4 * MIB, 8 * MIB
+LARGE_COUNT, LARGE_SIZE = 2, 9_000_000
+BLOCKS = COUNT + LARGE_COUNT * 3
+SECRET = "not-to-be-seen"
+BOOT = bytes(16)
+
+
+@pytest.fixture(scope="module")
+def origin() -> Iterator[OriginProcess]:
+    """Small objects in folders of a hundred, and large ones."""
+    with running_origin(
+        "--dataset", f"small:{COUNT}x{SIZE}", "--dataset", f"large:{LARGE_COUNT}x{LARGE_SIZE}"
+    ) as running:
+        yield running
+
+
+def opened(origin: OriginProcess, attempt_timeout_s: float) -> UnderStore:
+    """The origin's bucket, as a mount opens it."""
+    options = {"endpoint_url": origin.url, "key": "k", "secret": SECRET, "region": "us-east-1"}
+    return open_store(
+        StoreSettings("s3://bench", options), FetchConfig(requests_max=16, attempt_timeout_s=attempt_timeout_s)
+    )
+
+
+@pytest.fixture
+def node(
+    origin: OriginProcess, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[ThreadNode]:
+    """A node that has a courier for every load, however small, on a machine with however many cores. The parameter is
+    how long an attempt may take."""
+    origin.set(latency_ms=0)
+    origin.call("/__reset")
+    monkeypatch.setattr(load, "_CARRIED_BYTES_MIN", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setenv("COURIER_TEST_SECRET", SECRET)
+    store = opened(origin, getattr(request, "param", 30.0))
+    with (
+        ram_folder() as folder,
+        thread_node(folder, store, block_size_bytes=BLOCK, extent_size_bytes=EXTENT) as running,
+    ):
+        yield running
+
+
+def courier_of(node: ThreadNode) -> Courier:
+    """The node's courier."""
+    carried = node.node.engine.carried
+    assert carried is not None, "a machine of two cores has one"
+    return carried.courier
+
+
+async def wait_ready(courier: Courier) -> int:
+    """Return the process's id when it takes errands."""
+    async with asyncio.timeout(PATIENCE_S):
+        await courier.wait_ready()
+    assert courier.pid is not None
+    return courier.pid
+
+
+async def do_load(node: ThreadNode, path: str) -> Job:
+    """Load, and return how it ended."""
+    jobs = node.node.jobs
+    job = jobs.submit(LoadSpec(path))
+    async with asyncio.timeout(PATIENCE_S):
+        while not (job := await jobs.wait(job.job_id, 1)).state.is_over:
+            pass
+    return job
+
+
+async def do_carried_load(node: ThreadNode, path: str) -> Job:
+    """Load with a courier that is up from the beginning."""
+    with courier_of(node).held():
+        await wait_ready(courier_of(node))
+        return await do_load(node, path)
+
+
+def tmp_of(node: ThreadNode) -> list[str]:
+    """What lies in the folder of unfinished files."""
+    return os.listdir(node.node.layout.tmp)
+
+
+def check_all(node: ThreadNode) -> None:
+    """Every byte that the node's readers see is the origin's."""
+    client = node.client()
+    for name, count, size in (("small", COUNT, SIZE), ("large", LARGE_COUNT, LARGE_SIZE)):
+        for key in dataset_keys(name, count):
+            assert client.read_file(f"/data/{key}") == expected_bytes(key, 0, size)
+
+
+def test_a_carried_load_brings_the_same_bytes_by_the_same_requests(node: ThreadNode, origin: OriginProcess) -> None:
+    """Small objects and blocks of extents: one GET each, all by the courier, counted by the store, charged, verified;
+    readers then ask for nothing."""
+    assert node.run(do_carried_load(node, "/data")).state is JobState.SUCCEEDED
+    assert courier_of(node).carried == BLOCKS
+    asked = origin.call("/__stats", "GET")["requests"]["GET"]
+    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
+    counted = statistics_of(mount.store)
+    assert counted.read_requests == asked == BLOCKS
+    assert counted.read_bytes == COUNT * SIZE + LARGE_COUNT * LARGE_SIZE == node.node.fetcher.statistics.bytes_fetched
+    held = node.node.blocks.statistics()
+    assert held.used_bytes == COUNT * 4096 + LARGE_COUNT * -(-LARGE_SIZE // 4096) * 4096
+    assert node.node.budget.used_bytes == 0
+    assert node.node.blocks.room_bytes() == node.config.cache.size_bytes - held.used_bytes  # nothing stays reserved
+    check_all(node)
+    assert origin.call("/__stats", "GET")["requests"]["GET"] == asked
+    verified = node.run(do_verified_load(node))
+    assert (verified.state, verified.blocks_damaged) == (JobState.SUCCEEDED, 0)
+    assert tmp_of(node) == []
+
+
+async def do_verified_load(node: ThreadNode) -> Job:
+    """Compare all that is here with its checksums."""
+    jobs = node.node.jobs
+    job = jobs.submit(LoadSpec("/data", verify=True))
+    while not (job := await jobs.wait(job.job_id, 1)).state.is_over:
+        pass
+    return job
+
+
+@pytest.mark.parametrize("node", [1.0], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_courier_that_dies_or_stops_loses_nothing(
+    node: ThreadNode, origin: OriginProcess, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon fetches what was under way itself, the load succeeds, and nothing is left in tmp/."""
+    monkeypatch.setattr(courier_module, "_SILENT_S", 0.2)
+    origin.set(latency_ms=300)
+
+    async def scenario() -> Job:
+        courier = courier_of(node)
+        with courier.held():
+            pid = await wait_ready(courier)
+            loading = asyncio.create_task(do_load(node, "/data"))
+            while not (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET"):
+                pass
+            os.kill(pid, number)
+            await asyncio.to_thread(origin.set, latency_ms=0)
+            return await loading
+
+    assert node.run(scenario()).state is JobState.SUCCEEDED
+    check_all(node)
+    assert tmp_of(node) == []
+    assert node.node.engine.statistics.cache_write_errors == 0
+
+
+def test_the_process_shows_no_secret_and_ends_with_the_daemon(node: ThreadNode) -> None:
+    """Neither its command line nor its environment holds one; closing the node ends it."""
+
+    async def scenario() -> tuple[int, bytes]:
+        with courier_of(node).held():
+            pid = await wait_ready(courier_of(node))
+            await do_load(node, "/data")
+            seen = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+            return pid, seen
+
+    pid, seen = node.run(scenario())
+    assert b"orchestra.engine.courier_process" in seen
+    assert SECRET.encode() not in seen
+    node.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+# -- one errand ----------------------------------------------------------------------------------------------------
+
+SPAN = ByteRange(0, 4)
+OK = b'HTTP/1.1 206 P\r\nETag: "abc"\r\nContent-Range: bytes 0-3/4\r\nContent-Length: 4\r\n\r\n0123'
+DIGEST = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[ScriptedServer]:
+    """A server that sends what the test says."""
+    async with ScriptedServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+async def layout() -> AsyncIterator[CacheLayout]:
+    """An empty cache directory."""
+    with ram_folder() as folder:
+        yield prepare(folder / "cache", Geometry(4096, 16384))[0]
+
+
+@pytest.fixture
+async def courier(layout: CacheLayout) -> AsyncIterator[Courier]:
+    """A courier that takes errands."""
+    courier = Courier(layout, Geometry(4096, 16384), boot_id=BOOT)
+    with courier.held():
+        await wait_ready(courier)
+        yield courier
+        await courier.close()
+
+
+async def outcome(courier: Courier | None, server: ScriptedServer) -> object:
+    """What a read of the scripted server comes to, carried or not: the bytes, or the error's kind and text."""
+    client = HttpClient(HttpSettings(requests_max=4, attempt_timeout_s=0.2), SystemClock())
+    operation = Operation("read", "k", "s3://bucket/")
+    headers = {"host": server.url.split("/")[2], "range": "bytes=0-3"}
+    asked = {"byte_range": SPAN, "size_bytes": 4, "version": '"abc"'}
+    try:
+        if courier is None:
+            return bytes(await client.fetch_range(server.url, headers, operation, **asked))  # type: ignore[arg-type]
+        carrier = courier.carrier(Place(DIGEST, 0, 0))
+        await client.place_range(server.url, headers, operation, carrier, **asked)  # type: ignore[arg-type]
+        return Path(carrier.placed.path).read_bytes()
+    except OrchestraError as error:
+        return type(error), str(error)
+    finally:
+        await client.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK,
+        OK.replace(b'"abc"', b'"new"'),
+        OK.replace(b"bytes 0-3/4", b"bytes 0-3/5"),
+        OK.replace(b"bytes 0-3/4", b"bytes 1-4/5"),
+        OK.replace(b"ETag", b"Content-Encoding: gzip\r\nETag"),
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 503 Slow Down\r\nRetry-After: 7\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 403 Forbidden\r\nContent-Length: 32\r\n\r\n<E><Code>AccessDenied</Code></E>",
+        OK[:-2].replace(b"Content-Length: 4", b"Content-Length: 2"),
+        OK[:20],  # and then nothing: it stalls
+    ],
+    ids=["right", "version", "size", "range", "gzip", "404", "412", "503", "403", "short", "stall"],
+)
+async def test_an_answer_means_the_same_carried_or_not(
+    courier: Courier, scripted: ScriptedServer, layout: CacheLayout, answer: bytes
+) -> None:
+    """Only what may be taken for the bytes is written; for all else the error is that of a read here, to the word."""
+    scripted.answers = [[answer]]
+    wanted = await outcome(None, scripted)
+    assert await outcome(courier, scripted) == wanted
+    assert (wanted == b"0123") is (answer == OK)
+    assert len(os.listdir(layout.tmp)) == (answer == OK)
+
+
+@pytest.mark.parametrize(
+    "answer", [OK.replace(b"Content-Length: 4", b"Transfer-Encoding: chunked"), b"nonsense\r\n\r\n"]
+)
+async def test_what_a_courier_does_not_know_is_left_to_the_daemon(
+    courier: Courier, scripted: ScriptedServer, answer: bytes
+) -> None:
+    """An answer that only the client for every kind of answer reads is NotCarriedError, and nothing is written."""
+    scripted.answers = [[answer]]
+    with pytest.raises(NotCarriedError):
+        await outcome(courier, scripted)
+
+
+async def test_an_errand_that_was_given_up_leaves_nothing(
+    courier: Courier, scripted: ScriptedServer, layout: CacheLayout
+) -> None:
+    """Cancelled before its answer came, it writes nothing that stays, and the next one is carried."""
+    scripted.answers = [[OK]]
+    scripted.may_answer.clear()
+    errand = asyncio.create_task(outcome(courier, scripted))
+    await scripted.asked.wait()
+    errand.cancel()
+    await asyncio.gather(errand, return_exceptions=True)
+    scripted.may_answer.set()
+    assert await outcome(courier, scripted) == b"0123"
+    assert len(os.listdir(layout.tmp)) == 1
+
+
+async def test_without_a_process_nothing_is_carried(layout: CacheLayout, scripted: ScriptedServer) -> None:
+    """Before anybody holds it, an errand is NotCarriedError at once."""
+    with pytest.raises(NotCarriedError):
+        await outcome(Courier(layout, Geometry(4096, 16384), boot_id=BOOT), scripted)
+    assert scripted.requests == []
