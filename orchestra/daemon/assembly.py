@@ -116,7 +116,7 @@ def assemble(
     space = _space_admin(layout, blocks, clock)
     open_store, use = open_store or _open_store, partial(_use_mounts, engine, space)
     mounts = _mount_admin(config, layout, geometry, open_store, use, changes)
-    steering = Steering(engine, budget, clock)
+    steering = Steering(engine, clock)
     tools = LoadTools(
         engine, blocks, geometry, writers, steering, Journal(layout.jobs), clock, config.fetch.requests_max
     )

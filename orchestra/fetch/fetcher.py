@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
+from orchestra.fetch.demand import DemandMeter
 from orchestra.observe.stalls import StallTable
 from orchestra.stores.carrying import Carrier, NotCarriedError, PlacingStore
 from orchestra.stores.contract import Buffer
@@ -49,6 +50,7 @@ class Fetcher:
         self._budget = budget
         self.statistics = FetchStatistics()
         self.stalls = StallTable()
+        self.demand = DemandMeter()
         self._asking = 0
         self._asking_since_ns = 0
 
@@ -72,6 +74,9 @@ class Fetcher:
     ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
         await self._ask(byte_range, priority, marks)
+        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
+        if demand is not None:
+            demand.begin(byte_range.length, marks[-1])
         try:
             data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
@@ -84,6 +89,10 @@ class Fetcher:
             raise
         finally:
             marks.append(self._end_asking())
+            if demand is not None:
+                demand.end(byte_range.length, marks[-1])
+        if demand is not None:
+            demand.answered(marks[-1] - marks[-2], byte_range.length)
         self.statistics.bytes_fetched += byte_range.length
         return data
 
