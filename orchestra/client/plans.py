@@ -57,6 +57,7 @@ class PlanPublisher:
         self._publishing = DaemonConnection(socket_path, timeout_s=_PUBLISH_TIMEOUT_S)
         self._moving = DaemonConnection(socket_path, timeout_s=_POSITION_TIMEOUT_S)
         self._positions = Posting(self._moving)
+        self.rest_s = 0.0  # for so long the daemon need not hear where the reader is
 
     @property
     def messages_sent(self) -> int:
@@ -69,6 +70,7 @@ class PlanPublisher:
         self._sent = [sent for sent in self._sent if sent.epoch >= epoch]
         self._publish(epoch, samples, len(samples))
         self._positions.close()  # what is outstanding says nothing of this epoch
+        self.rest_s = 0.0
         begins = {"plan": self.name, "epoch": epoch, "position": 0}
         if not self._request("POST", "/v1/plans/position", begins)["known"]:  # a daemon that was started since
             self.publish_again()
@@ -111,7 +113,10 @@ class PlanPublisher:
             before = self._positions.post("/v1/plans/position", body)
         except ConnectionLostError as lost:
             raise self._absent() from lost
-        return before is None or bool(before["known"])
+        if before is None:
+            return True
+        self.rest_s = float(before.get("rest_s", 0.0))
+        return bool(before["known"])
 
     @property
     def is_waiting(self) -> bool:

@@ -47,6 +47,8 @@ PLANS_MAX = 64
 _TABLES_UNUSED_MAX = 2
 # A reader that draws nothing for so long is gone; should it come back it publishes again.
 PLAN_IDLE_S = 1800.0
+# How often a reader says where it is while that changes nothing: a look at how fast it goes, and what it has left.
+_REST_S = 1.0
 # Rounds of looking in one turn of the loop; what is here already is passed over a hundred at a time, in 100 us.
 _ROUNDS_PER_TURN = 16
 
@@ -182,6 +184,13 @@ class PlanRunner:
         plan.timeline.forget_before(position - plan.behind)
         self._pump()
         return True
+
+    def rest_s(self, name: str) -> float:
+        """For how long the reader need not say where it is: nothing of what is known of its order is left to fetch."""
+        plan = self._plans.get(name)
+        if plan is None or plan.in_flight or plan.no_room or plan.frontier < plan.timeline.known_stop:
+            return 0.0
+        return _REST_S
 
     def end(self, name: str) -> bool:
         """Forget a plan; what is being fetched for it comes. False if there is none of that name."""

@@ -30,7 +30,7 @@ from orchestra.torch.shares import Share
 log = logging.getLogger(__name__)
 
 # How often the node is told where the reader is: ten messages of 0.2 ms a second, and the node looks further ahead than
-# any reader goes in that time.
+# any reader goes in that time. It says itself when it need not hear of it for longer.
 _POSITION_NS = 100_000_000
 # Messages in a row that may fail before the rest of the epoch goes without.
 _FAILURES_MAX = 3
@@ -112,11 +112,12 @@ class PlannedSampler(Sampler[int]):
         # A script that never calls set_epoch on a sampler that wants it has the same epoch over and over.
         is_same_again = before is not None and before.epoch == epoch and not before.started
         is_publishing = self._is_published = self._publish(running, share, epoch if is_same_again else epoch + 1)
-        told_ns = self._clock.now_ns()
+        told_ns, every_ns = self._clock.now_ns(), _POSITION_NS
         for offset, index in enumerate(share):
-            if is_publishing and (now_ns := self._clock.now_ns()) - told_ns >= _POSITION_NS:
+            if is_publishing and (now_ns := self._clock.now_ns()) - told_ns >= every_ns:
                 told_ns = now_ns
                 is_publishing = self._tell(running, offset)
+                every_ns = self._rest_ns()
             running.drawn = offset + 1
             yield index
         if is_publishing:
@@ -232,6 +233,10 @@ class PlannedSampler(Sampler[int]):
         publisher = PlanPublisher(load_config(self._config), paths)
         weakref.finalize(self, _end, publisher)
         return publisher
+
+    def _rest_ns(self) -> int:
+        rest_s = 0.0 if self._publisher is None else self._publisher.rest_s
+        return max(_POSITION_NS, int(rest_s * 1e9))
 
     def _tell(self, running: _Pass, offset: int, *, is_last: bool = False) -> bool:
         """Say where the reader is; False once that has failed too often in this pass. Only the end is waited for."""

@@ -239,6 +239,7 @@ def test_a_full_cache_is_not_filled_further_ahead_than_its_share(tmp_path: Path,
             settled(node)
         assert read_keys(store)[before:] == ["f0", "f1", "f2", "f3", "f4"]
         assert node.node.plans.status()[0]["ahead_bytes"] == 2 * BLOCK
+        assert node.node.plans.rest_s(publisher.name) == 0  # the next position is waited for
         publisher.close()
 
 

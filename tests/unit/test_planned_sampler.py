@@ -352,6 +352,24 @@ class TestWithNode:
             assert node.node.plans.status()[0]["epoch"] == 1
             sampler.close()
 
+    def test_a_daemon_that_has_all_hears_of_it_once_a_second(self, tmp_path: Path, store: VersionedStore) -> None:
+        """A tenth of a second between the samples: while nothing is left to fetch, every tenth of them is told."""
+        config, clock = config_at(tmp_path), ManualClock()
+        with thread_node(tmp_path, store) as node:
+            sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
+            drawing = iter(sampler)
+            next(drawing)
+            publisher = sampler._publisher
+            assert publisher is not None
+            while node.node.plans.rest_s(publisher.name) == 0:
+                node.run(asyncio.sleep(0))
+            published = publisher.messages_sent
+            for _ in drawing:
+                clock.advance(0.1)
+                self._await_answer(node, sampler)
+            assert self.COUNT // 10 <= publisher.messages_sent - published <= self.COUNT // 10 + 3
+            sampler.close()
+
     def test_a_daemon_that_forgets_is_told_again(self, tmp_path: Path, store: VersionedStore) -> None:
         """In the middle of an epoch the daemon is another one: what it answers to the next message makes the one after
         tell it everything again."""

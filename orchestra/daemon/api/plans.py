@@ -59,10 +59,12 @@ async def add_order(request: web.Request) -> web.Response:
 
 
 async def move(request: web.Request) -> web.Response:
-    """POST {plan, epoch, position} -> {known}: false if the plan has to be published (again)."""
-    body = await body_of(request)
-    epoch, position = typed(body, "epoch", int), typed(body, "position", int)
-    return answer({"known": request.app[NODE].plans.move(typed(body, "plan", str), epoch, max(0, position))})
+    """POST {plan, epoch, position} -> {known, rest_s}: `known` is false if the plan has to be published (again); for
+    `rest_s` the next position may be left unsaid."""
+    body, plans = await body_of(request), request.app[NODE].plans
+    name, epoch, position = typed(body, "plan", str), typed(body, "epoch", int), typed(body, "position", int)
+    known = plans.move(name, epoch, max(0, position))
+    return answer({"known": known, "rest_s": plans.rest_s(name)})
 
 
 async def end(request: web.Request) -> web.Response:
