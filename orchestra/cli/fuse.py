@@ -141,6 +141,8 @@ def _split(what: tuple[str, ...]) -> tuple[str, str]:
     if len(what) > 2:
         raise click.UsageError("expected [PATH or URI] FOLDER")
     root, folder = what if len(what) == 2 else ("/", what[0])
+    if not folder:  # the folder we are in would be taken
+        raise UsageError("FOLDER is empty: say where to mount")
     if not root.startswith("/") and "://" not in root:
         raise UsageError(f"{root!r} is not a path of the namespace: it must begin with a slash")
     return root, folder

@@ -33,7 +33,8 @@ def attach_uri(session: Session, uri: str, options: tuple[str, ...], freshness: 
         return str(same["path"])
     if any(mount["path"] == path for mount in mounts):  # the same address, but another endpoint, account or freshness
         told = json.dumps([wanted["options"], wanted["freshness_s"]], sort_keys=True)
-        path = f"{path}~{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        scheme, _, rest = path[1:].partition("/")  # below the store's own path it would be seen as a name in it
+        path = f"/{scheme}~{hashlib.sha256(told.encode()).hexdigest()[:8]}/{rest}"
     session.client.daemon_request("POST", ROUTE, to_wire(parse_mount(given | {"path": path})))
     warn_of_secrets(given["options"])
     return path

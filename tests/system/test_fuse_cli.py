@@ -204,6 +204,7 @@ def test_a_log_that_cannot_be_written_is_said_in_one_line(site: Site) -> None:
         (["mount", "--attr-timeout", "soon", "a target"], 2, "such as 60s"),
         (["mount", "--read-ahead", "1TiB", "a target"], 2, "is more than 1GiB"),
         (["mount", "--read-ahead", "-1", "a target"], 2, "such as 10GiB"),
+        (["mount", "/data", ""], 1, "FOLDER is empty"),
         (["mount", "a", "b", "c"], 2, "expected [PATH or URI] FOLDER"),
         (["mount"], 2, "FOLDER"),
         (["umount", "a target"], 1, "nothing is mounted on"),
@@ -256,7 +257,9 @@ def test_a_store_is_mounted_by_its_address_alone(site: Site) -> None:
     assert done.returncode == 0
     known = site.known()
     assert known is not None
-    assert str(known["path"]).startswith(f"/file{site.root}/other~")
+    assert str(known["path"]).startswith("/file~")
+    assert str(known["path"]).endswith(f"{site.root}/other")
+    assert os.listdir(site.target) == ["sub"]
 
 
 def test_an_attached_store_is_used_where_it_is(site: Site) -> None:
