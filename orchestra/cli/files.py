@@ -147,8 +147,9 @@ def stat(session: Session, path: str, as_json: bool) -> None:
     if as_json:
         where = [node] if cached_bytes else []
         percent = 100 * cached_bytes / entry.size_bytes if entry.size_bytes else None
-        cached = {"cached_bytes": cached_bytes, "cached_percent": percent, "where": where, "nodes": nodes}
-        cached["pinned"] = is_pinned
+        # Of a folder `du` says it: nothing would be untrue.
+        known = None if entry.is_directory else cached_bytes
+        cached = {"cached_bytes": known, "cached_percent": percent, "where": where, "nodes": nodes, "pinned": is_pinned}
         print_json({**entry_fields(entry), **cached, "mount": mount and mount[0], "uris": mount and mount[1]})
         return
     fields = [("path", entry.path), ("type", "directory" if entry.is_directory else "file")]

@@ -41,6 +41,8 @@ def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: s
     A job of the daemon does it. Without --wait this returns as soon as it is known that everything fits; with it,
     Ctrl-C leaves the job running. A load that was interrupted, or is started twice, fetches nothing twice.
     """
+    if options["retry"] and list_file is not None:
+        raise click.UsageError("--retry loads what failed the last time, --list what the list names: give one of them")
     body = {
         "path": path,
         "verify": options["verify"],

@@ -23,8 +23,8 @@ _MINUTES_SHOWN = 10
 def stalls(session: Session, as_json: bool) -> None:
     """Show what readers of this node waited for.
 
-    Since the daemon started, by cause: store, disk, queue, look-ups. Seconds are added up over all readers: eight
-    workers that wait one second each waited eight.
+    Since the daemon started, by cause: store, peers (other nodes), disk, queue, look-ups. Seconds are added up over all
+    readers: eight workers that wait one second each waited eight.
     """
     answer = session.client.daemon_request("GET", "/v1/stalls")
     figures = NodeFigures.from_json(answer["figures"])

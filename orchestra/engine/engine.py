@@ -40,6 +40,7 @@ from orchestra.metadata.catalog import Catalog
 from orchestra.metadata.records import Record, RecordEntry
 from orchestra.namespace.mounts import Location, MountTable
 from orchestra.namespace.paths import normalize_path
+from orchestra.observe.stalls import Marks
 from orchestra.stores.carrying import NotCarriedError
 from orchestra.stores.contract import Buffer
 from orchestra.values import ByteRange, EntryKind, ObjectId, ObjectInfo
@@ -99,7 +100,7 @@ class Sharing(Protocol):
         ...
 
     def part(
-        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int], *, is_kept: bool = True
+        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: Marks, *, is_kept: bool = True
     ) -> Bringing:
         """As Fetcher.part, from the blocks' owners or the store; `is_kept` on this node, once they are here."""
         ...
@@ -287,6 +288,16 @@ class Engine:
         """Whether there is a file that may hold some of these bytes; False is certain. Costs no system call."""
         return self._holds_any(wanted.digest, wanted, self.geometry.blocks_of(wanted.byte_range))
 
+    def lacks(self, wanted: Wanted) -> bool:
+        """Whether some of these bytes are not here; looks at files where there may be some of them."""
+        if not self.holds_some(wanted):
+            return True
+        local = self.blocks.open_object(wanted.digest, wanted.info.size_bytes)
+        try:
+            return bool(local.missing_blocks(wanted.byte_range))
+        finally:
+            local.close()
+
     def _holds_any(self, digest: str, wanted: Wanted, blocks: range) -> bool:
         size = wanted.info.size_bytes
         return any(self.blocks.holds(digest, size, first) for first in self._first_of_each_file(blocks))
@@ -302,10 +313,11 @@ class Engine:
         start = wanted.byte_range.start
         while start < wanted.byte_range.stop:
             piece = ByteRange(start, min(start - start % part + part, wanted.byte_range.stop))
-            marks = [self.stalls.now_ns()]
+            marks = Marks([self.stalls.now_ns()])
             try:
                 async with self.fetcher.part(wanted.mount.store, wanted.info, piece, Priority.DEMAND, marks) as data:
-                    self.stalls.add_flight(marks[0], [*marks, marks[-1]])
+                    marks.append(marks[-1])  # it is not kept: it lands when it is here
+                    self.stalls.add_flight(marks[0], marks)
                     self.statistics.uncached_bytes += len(data)
                     yield data
             except StaleObjectError:
@@ -318,11 +330,12 @@ class Engine:
         digest = wanted.digest
         for block in self.geometry.blocks_of(wanted.byte_range):
             whole = self.geometry.block_range(wanted.info.size_bytes, block)
-            marks = [self.stalls.now_ns()]
+            marks = Marks([self.stalls.now_ns()])
             try:
                 part = range(block, block + 1)
                 async with sharing.part(digest, wanted, part, Priority.DEMAND, marks, is_kept=False) as data:
-                    self.stalls.add_flight(marks[0], [*marks, marks[-1]])
+                    marks.append(marks[-1])  # it is not kept: it lands when it is here
+                    self.stalls.add_flight(marks[0], marks)
                     self.statistics.uncached_bytes += len(data)
                     start = max(wanted.byte_range.start, whole.start) - whole.start
                     yield memoryview(data)[start : min(wanted.byte_range.stop, whole.stop) - whole.start]
@@ -387,7 +400,7 @@ class Engine:
         if self.sharing is not None:
             parts = self.sharing.cut(parts)
         for part in parts:
-            marks: list[int] = []
+            marks = Marks()
             task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority, marks))
             for block in part:
                 self._flights[(digest, block)] = task
@@ -399,7 +412,7 @@ class Engine:
                 self._wanted_ns.setdefault(waited, now_ns)
         return flights
 
-    def _land(self, wanted: Wanted, part: range, marks: list[int], task: asyncio.Task[bool]) -> None:
+    def _land(self, wanted: Wanted, part: range, marks: Marks, task: asyncio.Task[bool]) -> None:
         for block in part:
             self._flights.pop((wanted.digest, block), None)
         wanted_ns = self._wanted_ns.pop(task, None)
@@ -410,7 +423,7 @@ class Engine:
         if not task.cancelled() and isinstance(task.exception(), StaleObjectError):
             self._note_stale(wanted)  # before anybody who waited goes on
 
-    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: list[int]) -> bool:
+    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: Marks) -> bool:
         marks.append(self.stalls.now_ns())
         size = wanted.info.size_bytes
         span = self.geometry.block_range(size, part.start)

@@ -16,6 +16,7 @@ from orchestra.cluster.peer_wire import ExtentPart
 from orchestra.config import MountConfig
 from orchestra.fetch.budget import Priority
 from orchestra.fetch.shared import SharedFetcher, SharedPart
+from orchestra.observe.stalls import Marks
 from orchestra.values import ByteRange
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class ClusterSharing:
                 yield run
 
     def part(
-        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: list[int], *, is_kept: bool = True
+        self, digest: str, wanted: Wanted, blocks: range, priority: Priority, marks: Marks, *, is_kept: bool = True
     ) -> Bringing:
         """See engine.Sharing."""
         size = wanted.info.size_bytes

@@ -26,6 +26,7 @@ from orchestra.cluster.peers import Peers
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
 from orchestra.fetch.fetcher import Fetcher
+from orchestra.observe.stalls import Marks
 from orchestra.stores.contract import Buffer, UnderStore
 from orchestra.values import ByteRange, ObjectInfo
 
@@ -107,7 +108,7 @@ class SharedFetcher:
         # Called with what was read from the store and is here now, and who else is to have it.
         self.offer: Callable[[ExtentPart, Sequence[str]], None] | None = None
 
-    def part(self, part: SharedPart, priority: Priority, marks: list[int]) -> _Bringing:
+    def part(self, part: SharedPart, priority: Priority, marks: Marks) -> _Bringing:
         """Give exactly the bytes of `part` to an `async with`; see Fetcher.part. With `ufs_fallback = fail` also raises
         StoreUnavailableError where no owner gave them."""
         return _Bringing(self, part, priority, marks)
@@ -264,7 +265,7 @@ class _Bringing:
 
     __slots__ = ("_held_bytes", "_is_from_store", "_marks", "_part", "_priority", "_shared", "_stored")
 
-    def __init__(self, shared: SharedFetcher, part: SharedPart, priority: Priority, marks: list[int]) -> None:
+    def __init__(self, shared: SharedFetcher, part: SharedPart, priority: Priority, marks: Marks) -> None:
         self._shared = shared
         self._part = part
         self._priority = priority
@@ -286,6 +287,7 @@ class _Bringing:
         self._stored = shared.fetcher.part(source, part.info, part.object_range, self._priority, self._marks)
         stored: Buffer = await self._stored.__aenter__()
         self._is_from_store = source.is_read
+        self._marks.is_from_peer = not source.is_read
         return stored
 
     async def _from(self, owners: Sequence[str]) -> Buffer | None:
@@ -302,6 +304,7 @@ class _Bringing:
             self._release()
             return None
         self._marks += (asked_ns, shared.fetcher.stalls.now_ns())
+        self._marks.is_from_peer = True
         shared.statistics.from_peers += 1
         shared.statistics.from_peers_bytes += length
         return data

@@ -5,8 +5,8 @@ all of it pure but for the table, which adds numbers. Leaves to others: measurin
 torch/watching) and showing (cli/stalls).
 
 What counts as waiting: a flight that some reader asked for, from then on until it landed. Queue: until the budget of
-bytes in flight let it go; store: until the store's answer was whole; disk: until it was published. Metadata: look-ups
-and listings that had to ask. Five clock reads a miss.
+bytes in flight let it go; store, or peer: until the answer of the store, or of another node, was whole; disk: until it
+was published. Metadata: look-ups and listings that had to ask. Five clock reads a miss.
 """
 
 from __future__ import annotations
@@ -105,6 +105,12 @@ class _Bucket:
     waits: list[int]
 
 
+class Marks(list[int]):
+    """When a flight began, was granted its bytes, had received them and landed: as far as it has come."""
+
+    is_from_peer = False  # another node of the cluster gave the bytes, and not the store
+
+
 class StallTable:
     """Adds up what was waited for. One event loop; adding costs a list index or two."""
 
@@ -114,13 +120,14 @@ class StallTable:
         self._buckets: deque[_Bucket] = deque(maxlen=_BUCKETS_MAX)
         self.misses = 0
 
-    def add_flight(self, wanted_ns: int, marks: Sequence[int]) -> None:
-        """A flight landed that was wanted by a reader from `wanted_ns` on; `marks` is when it began, was granted its
-        bytes, had received them, and landed. What went by before somebody wanted it, nobody waited for."""
+    def add_flight(self, wanted_ns: int, marks: Marks) -> None:
+        """A flight landed that was wanted by a reader from `wanted_ns` on. What went by before somebody wanted it,
+        nobody waited for."""
         begun_ns, granted_ns, received_ns, landed_ns = marks
         self.misses += 1
         self._add(_QUEUE, max(0, granted_ns - max(begun_ns, wanted_ns)), landed_ns)
-        self._add(_STORE, max(0, received_ns - max(granted_ns, wanted_ns)), landed_ns)
+        giver = _PEER if marks.is_from_peer else _STORE
+        self._add(giver, max(0, received_ns - max(granted_ns, wanted_ns)), landed_ns)
         self._add(_DISK, max(0, landed_ns - max(received_ns, wanted_ns)), landed_ns)
 
     def add_metadata(self, began_ns: int) -> None:
@@ -145,7 +152,7 @@ class StallTable:
         self._buckets[-1].waits[cause] += waited_ns
 
 
-_STORE, _DISK, _METADATA, _QUEUE = (CAUSES.index(cause) for cause in ("store", "disk", "metadata", "queue"))
+_STORE, _PEER, _DISK, _METADATA, _QUEUE = map(CAUSES.index, ("store", "peer", "disk", "metadata", "queue"))
 
 
 def _waits(sums_ns: Sequence[int]) -> Waits:

@@ -191,8 +191,8 @@ class Loader:
 
     async def _bring(self, loading: _Loading, wanted: Wanted) -> None:
         try:
-            if self._pace is not None and (wait_s := self._pace.wait_s(wanted.byte_range.length)):
-                await asyncio.sleep(wait_s)
+            if self._pace is not None and self._engine.lacks(wanted):  # what is here takes nothing of the link
+                await asyncio.sleep(self._pace.wait_s(wanted.byte_range.length))
             if not self._has_room(wanted.byte_range.length):
                 self.is_full = True
                 return

@@ -84,7 +84,8 @@ def test_three_nodes_that_read_everything_at_once_cost_one_get_a_block(tmp_path:
 
 def test_a_dead_nodes_blocks_come_from_its_replica(tmp_path: Path) -> None:
     """One node reads everything with two replicas; the other owners get their copies by themselves. After kill -9 of
-    one of them a node that read nothing reads everything, and the store is asked for not one byte."""
+    one of them a node that read nothing reads everything, and the store is asked for not one byte; what it waits for
+    are peers."""
     with cluster_over_a_store(tmp_path, 3, cluster={"replicas": 2}) as (cluster, store):
         read_all(cluster, 0, store, 1)
         parts = sum(counts["shared"]["from_store"] for counts in cluster.counts())
@@ -95,6 +96,9 @@ def test_a_dead_nodes_blocks_come_from_its_replica(tmp_path: Path) -> None:
         read_all(cluster, 1, store, 2)
         assert store.bytes_sent == sum(map(len, store.files.values()))
         assert cluster.nodes[1].status()["cluster"]["shared"]["from_peers"]
+        waits = cluster.nodes[1].client().daemon_request("GET", "/v1/stalls")["figures"]["waits"]
+        assert waits["peer_s"] > 0
+        assert waits["store_s"] == 0
 
 
 def test_a_node_that_joins_gets_what_it_owns_from_who_had_it(tmp_path: Path) -> None:

@@ -135,12 +135,13 @@ def test_a_list_from_standard_input_is_loaded(node: DaemonNode, origin: OriginPr
 
 
 def test_bad_input_is_one_line(node: DaemonNode) -> None:
-    """A missing path, a job that there is not, and a rate that is none end with one line."""
+    """A missing path, a job that there is not, a rate that is none, and a list of what failed end with one line."""
     assert "/data/nothing" in run(node, "load", "--wait", "/data/nothing", status=1).stderr
     assert run(node, "job", "status", "77", status=1).stderr.count("\n") == 1
     assert run(node, "job", "stop", "1", status=1).stderr.count("\n") == 1
     assert "--bandwidth" in run(node, "load", "--bandwidth", "fast", "/data", status=2).stderr
     assert "nothing to retry" in run(node, "load", "--retry", "/data/nothing", status=1).stderr
+    assert "give one of them" in run(node, "load", "--retry", "--list", "-", "/data", status=2).stderr
 
 
 def slow_load(node: DaemonNode, *more: str) -> str:

@@ -151,6 +151,12 @@ class TestStat:
         assert (found["mount"], found["uris"]) == ("/train", ["s3://bucket/train", "sftp://me:***@host/x"])
         assert found["pinned"] is True
 
+    def test_a_folder_is_not_said_to_be_uncached(self, client: NodeFolder, capsys: pytest.CaptureFixture[str]) -> None:
+        """What of its files is cached is for `du` to say; here it is unknown."""
+        client.cached["/train/cats/b.txt"] = 3
+        found = json.loads(run(capsys, "stat", "--json", "/train"))
+        assert (found["type"], found["cached_bytes"], found["cached_percent"]) == ("directory", None, None)
+
 
 class TestDu:
     def test_folders_are_summed_up(self, client: NodeFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -364,7 +364,8 @@ def test_a_job_goes_on_after_the_daemon_was_stopped(tmp_path: Path, store: Versi
 
 
 def test_a_load_of_a_path_that_is_being_loaded_is_that_job(tmp_path: Path, store: VersionedStore) -> None:
-    """Two who start the same load share one."""
+    """Two who start the same load share one; one that is to be verified too is a load of its own, and shares every
+    fetch."""
     put_tree(store, 10)
     faults = FaultStore(store)
     with thread_node(tmp_path, faults) as node:
@@ -372,8 +373,12 @@ def test_a_load_of_a_path_that_is_being_loaded_is_that_job(tmp_path: Path, store
         first = submit(node)
         node.run(stall.wait_fired())
         assert submit(node).job_id == first.job_id
+        verified = submit(node, verify=True)
+        assert verified.job_id != first.job_id
         node.loop.call_soon_threadsafe(stall.release)
-        node.run(_wait_over(node, first.job_id))
+        for job in (first, verified):
+            assert node.run(_wait_over(node, job.job_id)).state is JobState.SUCCEEDED
+        assert len(store.reads) == 10
         assert submit(node).job_id != first.job_id
 
 
@@ -450,6 +455,18 @@ def test_a_load_holds_a_window_of_files_and_not_all(tmp_path: Path, store: Versi
             gc.unfreeze()
         assert 0 < max(peaks) <= 2 * PAGE_FILES + 16
     assert len(store.reads) == 5000
+
+
+def test_what_is_here_waits_for_no_bandwidth(tmp_path: Path, store: VersionedStore) -> None:
+    """A load that goes on, is begun again or verified takes its turns for what it fetches alone: at a byte a second
+    everything else is passed over at once, in a large object too."""
+    put_tree(store, 20)
+    store.put("large", data_of("large", 3 * EXTENT))
+    with thread_node(tmp_path, store) as node:
+        load(node)
+        reads = len(store.reads)
+        assert load(node, verify=True, bandwidth_bytes_per_s=1).state is JobState.SUCCEEDED
+        assert len(store.reads) == reads
 
 
 def test_bandwidth_is_bounded(tmp_path: Path, store: VersionedStore) -> None:

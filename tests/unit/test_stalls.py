@@ -16,6 +16,7 @@ from orchestra.fetch.budget import Priority
 from orchestra.observe.stalls import (
     CAUSES,
     EpochStalls,
+    Marks,
     NodeFigures,
     StallTable,
     Waits,
@@ -58,11 +59,15 @@ def test_what_was_no_miss_was_the_workers_own_work() -> None:
 def test_phases_that_nobody_waited_for_do_not_count() -> None:
     """A fetch that a plan began is waited for only from the moment a reader came."""
     table = StallTable(ManualClock())
-    table.add_flight(0, [0, 1_000_000_000, 4_000_000_000, 4_500_000_000])
+    marks = Marks([0, 1_000_000_000, 4_000_000_000, 4_500_000_000])
+    table.add_flight(0, marks)
     assert table.waits() == Waits(queue_s=1.0, store_s=3.0, disk_s=0.5)
-    table.add_flight(3_000_000_000, [0, 1_000_000_000, 4_000_000_000, 4_500_000_000])
+    table.add_flight(3_000_000_000, marks)
     assert table.waits() == Waits(queue_s=1.0, store_s=4.0, disk_s=1.0)
-    assert table.misses == 2
+    marks.is_from_peer = True
+    table.add_flight(3_000_000_000, marks)
+    assert table.waits() == Waits(queue_s=1.0, store_s=4.0, peer_s=1.0, disk_s=1.5)
+    assert table.misses == 3
 
 
 def test_waiting_is_kept_by_the_minute() -> None:

@@ -68,7 +68,7 @@ async def start_load(request: web.Request) -> web.Response:
                 return answer(retried)
         return answer(_retry(jobs, spec).to_json())
     if control is not None and not spec.is_listed and not jobs.has_path(spec.path, running=True):
-        led = await control.jobs.running(spec.path)
+        led = await control.jobs.running(spec)
         if led is not None:
             return answer(led)
     return answer(jobs.submit(spec, list_file=list_file).to_json())

@@ -69,7 +69,7 @@ class JobRunner:
                 self._start(job)
 
     def submit(self, spec: LoadSpec, *, list_file: str = "") -> Job:
-        """Start a load, or return the one of the same path that is under way.
+        """Start a load, or return the same one (its path and all its options) that is under way.
 
         `list_file` holds the paths of a spec that `is_listed`. Raises UsageError for a list that cannot be read,
         NotFoundError for a job to retry that there is not.
@@ -78,7 +78,7 @@ class JobRunner:
             self.get(spec.retry_of)
         if not spec.is_listed and not spec.retry_of:
             for job in self._jobs.values():
-                if not job.state.is_over and job.spec.path == spec.path and not job.spec.is_listed:
+                if not job.state.is_over and job.spec == spec:
                     return job
         job = Job(self._new_id(), spec, self._tools.clock.wall_s())
         if spec.is_listed:
@@ -172,6 +172,7 @@ class JobRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tools.journal.settle()
 
     def _start(self, job: Job) -> None:
         task = asyncio.create_task(self._run(job), name=f"job {job.job_id}")
@@ -195,7 +196,7 @@ class JobRunner:
                 sampling.cancel()
 
     def _changed(self, job: Job) -> None:
-        self._tools.journal.save(job)
+        self._tools.journal.save_soon(job)
         self._change.set()
         self._change = asyncio.Event()
 

@@ -25,7 +25,7 @@ from orchestra.cluster.etcd_gateway import EtcdUnreachableError
 from orchestra.cluster.etcd_table import EtcdTable, Row
 from orchestra.cluster.records import NodeRecord
 from orchestra.daemon.cluster import ClusterNode
-from orchestra.daemon.jobs.job import Job, JobState, job_from_json
+from orchestra.daemon.jobs.job import Job, JobState, LoadSpec, job_from_json, spec_from_json
 from orchestra.daemon.jobs.runner import JobRunner
 from orchestra.daemon.nodes.calls import ASK_TIMEOUT_S, NodeCalls
 from orchestra.daemon.nodes.job_rows import JobRow, JobRows
@@ -107,10 +107,10 @@ class SharedJobs:
             await asyncio.sleep(wait_s)
             return row.to_json()
 
-    async def running(self, path: str) -> dict[str, Any] | None:
-        """Return the load of `path` that another node leads just now, None where there is none."""
+    async def running(self, spec: LoadSpec) -> dict[str, Any] | None:
+        """Return the same load that another node leads just now, None where there is none."""
         for _, job in await self._of_others():
-            if job["path"] == path and not (job["is_listed"] or job["retry_of"] or JobState(job["state"]).is_over):
+            if not JobState(job["state"]).is_over and spec_from_json(job) == spec:
                 return job
         return None
 
