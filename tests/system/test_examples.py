@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from tests.support.folder_node import FolderNode, folder_node
+from tests.support.fuse_mounts import needs_fuse
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -173,15 +174,26 @@ def test_tensorflow_reads_records(tmp_path: Path) -> None:
 
 
 @needs("pyspark")
+@needs_fuse
 @pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
-def test_spark_prepares_what_torch_reads(node: FolderNode, tmp_path: Path) -> None:
-    """Spark writes Parquet into the store; torch finds every row of it in the namespace and learns."""
-    printed = run_example(
-        "spark_to_torch.py",
-        *("--input", str(tmp_path / "raw"), "--make", "2000"),
-        *("--output", str(node.store / "features"), "--table", "orchestra:///data/features"),
-        config=node.config,
-    )
+def test_spark_prepares_what_torch_reads(node: FolderNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spark reads a mounted folder and writes Parquet into the store; torch finds every row of it in the namespace and
+    learns."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    runpy.run_path(str(EXAMPLES / "spark_to_torch.py"))["make_rows"](node.store / "raw", 2000, seed=0)
+    mounted = tmp_path / "mnt"
+    mounted.mkdir()
+    fuse = [sys.executable, "-m", "orchestra", "--config", node.config, "fuse"]
+    subprocess.run([*fuse, "mount", "/data", str(mounted)], check=True, timeout=60)
+    try:
+        printed = run_example(
+            "spark_to_torch.py",
+            *("--input", str(mounted / "raw"), "--output", str(node.store / "features")),
+            *("--table", "orchestra:///data/features"),
+            config=node.config,
+        )
+    finally:
+        subprocess.run([*fuse, "umount", str(mounted)], check=True, timeout=60)
     assert figures(r"(\d+) rows, 4 files", printed) == [2000] * 3
     assert figures(r"accuracy ([\d.]+)", printed)[-1] > 0.75
 

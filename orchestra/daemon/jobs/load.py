@@ -210,7 +210,7 @@ class LoadRun:
         elif is_whole:
             self._end(JobState.SUCCEEDED, f"{job.files_total} files, {format_size(job.bytes_total)}", "")
         else:
-            held = f"holds {job.files_done} of {job.files_total} files: the cache has no room for the rest"
+            held = f"holds {job.files_done} of {job.files_total} files: there is no room for the rest"
             state = JobState.SUCCEEDED if job.spec.partial else JobState.FAILED
             self._end(state, held, "space")
 
