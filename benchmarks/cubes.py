@@ -180,8 +180,10 @@ def main() -> None:
     rates = take_turns(kept, options.turns, count)
     wanted = []
     for dtype in megabytes:
+        limit = share(rates, LIMIT, BASE, dtype, threads)
         wanted += [
             verdict(f"{dtype}: ColumnCubes / {BASE}, same cores", share(rates, OURS, BASE, dtype, threads), 10),
+            f"- {dtype}: a memory copy is at {limit:.2f} there{': memory is the limit' * (limit < 10)}",
             verdict(f"{dtype}: ColumnCubes / memory copy, same cores", share(rates, OURS, LIMIT, dtype, threads), 0.8),
         ]
     title = f"Cubes of {tables} x {cube} x {cube} from tables of {size} x {size}"
