@@ -68,8 +68,8 @@ class _Ahead:
 class _Table:
     paths: PathTable
     plans: set[str] = field(default_factory=set)
-    present: IndexSet = field(default_factory=IndexSet)  # they were here, and nothing was evicted since
-    evicted_count: int = -1
+    present: IndexSet = field(default_factory=IndexSet)  # they were here, and nothing has left since
+    left_count: int = -1
 
 
 @dataclass(slots=True)
@@ -391,14 +391,14 @@ class PlanRunner:
             if found.kind is not EntryKind.FILE:
                 raise UsageError(f"not a file: {path}")
             wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
-            evicted_count = self._evicted_count()  # before it is looked whether the file is here
+            left_count = self._blocks.left_count  # before it is looked whether the file is here
             missing_bytes = self._settle(plan, entry, wanted.digest, found.size_bytes)
             # What the accounts hold is not looked at: after a reboot its first reader has it verified.
             if missing_bytes and not await self._bring(wanted):
                 plan.no_room.append(entry)
             else:
                 plan.fetched += bool(missing_bytes)
-                self._mark_present(plan.table, entry.index, evicted_count)
+                self._mark_present(plan.table, entry.index, left_count)
                 if plan.no_room:
                     self._try_again(plan)
         except (OrchestraError, OSError) as error:
@@ -446,20 +446,17 @@ class PlanRunner:
 
     # -- what is here ----------------------------------------------------------------------------------------------
 
-    def _evicted_count(self) -> int:
-        return self._blocks.statistics().evicted_count
-
     def _is_present(self, table: _Table, index: int) -> bool:
-        if table.evicted_count != self._evicted_count():
+        if table.left_count != self._blocks.left_count:
             table.present.clear()
             return False
         return index in table.present
 
-    def _mark_present(self, table: _Table, index: int, evicted_count: int) -> None:
-        """Remember it until something is evicted: an epoch that fits is then passed over without looking at disks."""
-        if evicted_count != self._evicted_count():
+    def _mark_present(self, table: _Table, index: int, left_count: int) -> None:
+        """Remember it until something leaves: an epoch that fits is then passed over without looking at disks."""
+        if left_count != self._blocks.left_count:
             return
-        if table.evicted_count != evicted_count:
+        if table.left_count != left_count:
             table.present.clear()
-            table.evicted_count = evicted_count
+            table.left_count = left_count
         table.present.add(index)

@@ -259,6 +259,21 @@ def test_a_warm_epoch_asks_for_nothing(tmp_path: Path, store: VersionedStore) ->
         publisher.close()
 
 
+def test_what_was_freed_comes_again(tmp_path: Path, store: VersionedStore) -> None:
+    """`orchestra free` between two epochs: the plan of the next one fetches everything once more."""
+    with thread_node(tmp_path, store) as node:
+        node.client().list("/data")
+        publisher = PlanPublisher(node.config, PATHS)
+        publisher.publish(0, shuffled(3))
+        settled(node)
+        assert publisher.move(0, COUNT)
+        node.client().daemon_request("POST", "/v1/free", {"path": "/data"})
+        publisher.publish(1, shuffled(4))
+        settled(node)
+        assert len(read_keys(store)) == 2 * COUNT
+        publisher.close()
+
+
 def test_what_fails_ahead_is_passed_over(tmp_path: Path, store: VersionedStore) -> None:
     """A file that is gone and one that the store fails to send cost the plan themselves and no other file."""
     faults = FaultStore(store)
