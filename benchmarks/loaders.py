@@ -183,8 +183,14 @@ def tables_part(options: argparse.Namespace, state: str) -> None:
     def share(work: str, other: str, one: str = "TensorBatches") -> float:
         return statistics.median(a / b for a, b in zip(rates[work, one], rates[work, other], strict=True))
 
+    def added_s(way: str) -> float:
+        """Seconds that the loader adds to the training on a row."""
+        both = zip(rates[TRAINING, way], rates[TRAINING, ALONE], strict=True)
+        return max(1e-12, statistics.median(1 / with_it - 1 / alone for with_it, alone in both))
+
     standard = "DataLoader(TensorDataset)"
     limit = share(TRAINING, standard, ALONE)
+    theirs_s, ours_s = added_s(standard), added_s("TensorBatches")
     wanted = [
         verdict("in order: TensorBatches / DataLoader", share("in order", standard), 50),
         verdict("shuffled: TensorBatches / DataLoader", share("shuffled", standard), 20),
@@ -193,6 +199,9 @@ def tables_part(options: argparse.Namespace, state: str) -> None:
         verdict("an epoch with training: TensorBatches / DataLoader", share(TRAINING, standard), 20),
         f"- a loader that costs nothing would be at {limit:.2f} there{': the model is the limit' * (limit < 20)}",
         f"- TensorBatches is at {share(TRAINING, ALONE):.2f} of it",
+        f"- what the loader adds to the model's time, an epoch of 11 M rows: DataLoader {theirs_s * 11e6:.2f} s,"
+        f" TensorBatches {ours_s * 11e6:.2f} s",
+        verdict("what the loader adds to an epoch, DataLoader / TensorBatches", theirs_s / ours_s, 20),
     ]
     title = f"Rows of a table, {FEATURES} features and a target, batches of {BATCH}"
     publish(title, [*lines, "", *wanted], options, state)
@@ -307,7 +316,13 @@ def files_part(options: argparse.Namespace, state: str) -> None:
         f" {OURS} in the ratios to them; else {WARM_TURNS * options.turns} of {WARM_EPOCHS} epochs, after one that is"
         " not counted."
     )
-    publish(f"Loading warm: {said}", [*files_table(warm, warm_cpus), "", how, note, "", *verdicts], options, state)
+    same = (
+        f"Every loader gives the same, tensors of 32 x {SIZE} bytes that DataLoader's own collation made in a worker,"
+        " and nobody looks into them. FileDataset's come in memory that is used again (orchestra/torch/handover.py), the"
+        " others' in memory that torch makes for each batch."
+    )
+    lines = [*files_table(warm, warm_cpus), "", how, same, note, "", *verdicts]
+    publish(f"Loading warm: {said}", lines, options, state)
 
 
 def warm_turns(

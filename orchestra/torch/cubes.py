@@ -161,7 +161,7 @@ class ColumnCubes(IterableDataset[Any]):
         packed = self._packed.numpy()
         memory = shelf.take((self.columns, *packed.shape[1:]), packed.dtype)
         # "clip" writes straight into `out`; "raise" would go by a buffer. The indices are in range.
-        np.take(packed, columns, axis=0, out=memory, mode="clip")
+        packed.take(columns, axis=0, out=memory, mode="clip")
         cube = memory.transpose(1, 2, 0)
         return torch.from_numpy(cube) if self._out == "torch" else cube
 
