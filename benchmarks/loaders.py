@@ -318,8 +318,8 @@ def files_part(options: argparse.Namespace, state: str) -> None:
     )
     same = (
         f"Every loader gives the same, tensors of 32 x {SIZE} bytes that DataLoader's own collation made in a worker,"
-        " and nobody looks into them. FileDataset's come in memory that is used again (orchestra/torch/handover.py), the"
-        " others' in memory that torch makes for each batch."
+        " and nobody looks into them. FileDataset's come in memory that is used again (orchestra/torch/handover.py),"
+        " the others' in memory that torch makes for each batch."
     )
     lines = [*files_table(warm, warm_cpus), "", how, same, note, "", *verdicts]
     publish(f"Loading warm: {said}", lines, options, state)
