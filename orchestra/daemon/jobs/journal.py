@@ -10,12 +10,14 @@ Owns: those files. Leaves to others: what is in them (job). How far a job is sta
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -33,10 +35,13 @@ _JOB_FILE = re.compile(rf"{JOB_ID}\.(json|gone)", re.ASCII)
 
 
 class Journal:
-    """The jobs below one folder; used by the daemon alone."""
+    """The jobs below one folder; used by the daemon alone, from its loop."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._waiting: dict[str, bytes] = {}  # documents to be written in a thread, by job
+        self._saving: asyncio.Task[None] | None = None
+        self._writing = threading.Lock()
 
     def load(self) -> list[Job]:
         """Return all jobs, oldest first. A file that is none is said in the log and left alone."""
@@ -60,18 +65,38 @@ class Journal:
 
     def save(self, job: Job) -> None:
         """Write the job, synced, in one step. A disk that has no room for it is said in the log: the job goes on."""
-        target = self._path(job.job_id, "json")
-        temporary = target.with_suffix(".tmp")
+        self._waiting[job.job_id] = json.dumps(job.to_json()).encode()
+        self._write_waiting(job.job_id)
+
+    def save_soon(self, job: Job) -> None:
+        """As `save`, in a thread: on a disk that a load keeps busy the write is synced after seconds. Of several states
+        of a job that wait, the last is written."""
+        self._waiting[job.job_id] = json.dumps(job.to_json()).encode()
+        if self._saving is None:
+            self._saving = asyncio.create_task(self._save_waiting())
+
+    async def settle(self) -> None:
+        """Return when all is on disk."""
+        if self._saving is not None:
+            await asyncio.shield(self._saving)
+
+    async def _save_waiting(self) -> None:
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            while self._waiting:
+                await asyncio.to_thread(self._write_waiting, next(iter(self._waiting)))
+        finally:
+            self._saving = None
+
+    def _write_waiting(self, job_id: str) -> None:
+        """Write what waits of that job, unless it was written, or the job forgotten, meanwhile."""
+        target = self._path(job_id, "json")
+        with self._writing:
+            document = self._waiting.pop(job_id, None)
             try:
-                os.write(fd, json.dumps(job.to_json()).encode())
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            temporary.rename(target)
-        except OSError as error:
-            log.error("job %s cannot be written to %s: %s", job.job_id, target, error.strerror)
+                if document is not None:
+                    _replace(target, document)
+            except OSError as error:
+                log.error("job %s cannot be written to %s: %s", job_id, target, error.strerror)
 
     def forget_old(self, jobs: list[Job]) -> list[Job]:
         """Remove the oldest of those that are over, down to the bound; return the removed."""
@@ -83,8 +108,10 @@ class Journal:
 
     def forget(self, job: Job) -> None:
         """Remove what is kept of a job. What cannot be removed is said in the log."""
-        for suffix in ("json", "failed", "paths"):
-            self._unlink(self._path(job.job_id, suffix))
+        with self._writing:  # what a thread is writing now goes as well
+            self._waiting.pop(job.job_id, None)
+            for suffix in ("json", "failed", "paths"):
+                self._unlink(self._path(job.job_id, suffix))
 
     def give_up(self, job: Job) -> None:
         """As `forget`, of a job that another node leads now: its id is in use as long as that one tells of it."""
@@ -149,6 +176,17 @@ class Journal:
         if not is_job_id(job_id):
             raise UsageError(f"not the id of a job: {job_id[:100]!r}")
         return self._folder / f"{job_id}.{suffix}"
+
+
+def _replace(target: Path, document: bytes) -> None:
+    temporary = target.with_suffix(".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, document)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.rename(target)
 
 
 class FailureFile:
