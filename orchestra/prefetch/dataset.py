@@ -28,9 +28,9 @@ from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.namespace.paths import is_at_or_below, join, parent_and_name
 from orchestra.prefetch.loading import Loader
-from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import Steering
 from orchestra.prefetch.tree import Page, TreeFile, walk
+from orchestra.prefetch.yielding import Yielding
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class DatasetStatus:
 class _Run:
     """One mount's run."""
 
-    def __init__(self, mount: OpenedMount, status: DatasetStatus, squeeze: Squeeze) -> None:
+    def __init__(self, mount: OpenedMount, status: DatasetStatus, squeeze: Yielding) -> None:
         self.mount = mount
         self.status = status
         self.squeeze = squeeze
@@ -184,7 +184,7 @@ class DatasetPrefetch:
         if run is not None and not self._may_begin_again(run, mount):
             return
         status = DatasetStatus(mount.path, runs=run.status.runs + 1 if run is not None else 1)
-        run = self._runs[mount.path] = _Run(mount, status, Squeeze(self._limits.requests_max))
+        run = self._runs[mount.path] = _Run(mount, status, Yielding(self._limits.requests_max))
         run.task = asyncio.create_task(self._load(run, folder), name=f"dataset {mount.path}")
 
     def _may_begin_again(self, run: _Run, mount: OpenedMount) -> bool:

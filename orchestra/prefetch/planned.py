@@ -35,7 +35,7 @@ from orchestra.prefetch.plan import (
     next_rate,
     steps_to_look_at,
 )
-from orchestra.prefetch.squeeze import squeeze_of_plans
+from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import TICK_S, Steering
 from orchestra.values import ByteRange, EntryKind
 
@@ -118,7 +118,7 @@ class PlanRunner:
         self._capacity_bytes = capacity_bytes
         self._steering = steering
         self._steering_task: asyncio.Task[None] | None = None
-        self._squeeze = squeeze_of_plans(requests_max)
+        self._squeeze = Squeeze(requests_max)
         self._limit = self._squeeze.limit
         self._answers: list[tuple[int, int]] = []
         self.bytes_in_flight = 0

@@ -4,7 +4,8 @@ those of loads and plans take, sets the limits of loads and plans.
 A load gives way to readers that miss and to plans that fetch. A plan is kept small always: what it asks for is needed
 in its order, and on a link with a queue of a second the next file comes when the link pleases.
 
-Owns: when that is looked at. Leaves to others: what follows from it (squeeze), the requests (loading, planned).
+Owns: when that is looked at. Leaves to others: what follows from it (squeeze for plans, yielding for loads), the
+requests (loading, planned).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from orchestra.clock import Clock
 from orchestra.engine.engine import Access, Engine
 from orchestra.fetch.budget import Priority
 from orchestra.prefetch.squeeze import Answers, Squeeze, Tick
+from orchestra.prefetch.yielding import Yielding
 
 # Three round trips at 50 ms, and a load on a wide link has all of it after seven of these.
 TICK_S = 0.15
@@ -59,7 +61,7 @@ class Steering:
         engine.on_access(self._on_miss)
 
     @asynccontextmanager
-    async def steer(self, steered: Steered, squeeze: Squeeze) -> AsyncIterator[None]:
+    async def steer(self, steered: Steered, squeeze: Squeeze | Yielding) -> AsyncIterator[None]:
         """Set the limit of `steered` for as long as the block runs; what was learnt stays in `squeeze`."""
         steered.set_limit(squeeze.limit if self._waits_for(steered) else squeeze.limit_max)
         task = asyncio.create_task(self._steer(steered, squeeze))
@@ -81,19 +83,20 @@ class Steering:
             return True
         return any(one.priority < steered.priority and one.bytes_in_flight for one in self._steered)
 
-    async def _steer(self, steered: Steered, squeeze: Squeeze) -> None:
-        piece_bytes = 1.0
+    async def _steer(self, steered: Steered, squeeze: Squeeze | Yielding) -> None:
+        piece_bytes = 0.0
         demand, before = self._demand, self._demand.mark(self._stalls.now_ns())
         while True:
             await asyncio.sleep(TICK_S)
-            own, now = steered.take_answers(), demand.mark(self._stalls.now_ns())
-            if own:
-                piece_bytes = max(1.0, sum(size for _, size in own) / len(own))
+            own, readers = steered.take_answers(), demand.answers(before)
+            now = demand.mark(self._stalls.now_ns())
+            piece_bytes = _mean_bytes(own) or piece_bytes or _mean_bytes(readers) or 1.0
+            is_alike = piece_bytes / 2 <= _mean_bytes(readers) <= piece_bytes * 2
             steered.set_limit(
                 squeeze.tick(
                     Tick(
                         own=_seconds(own),
-                        readers=_seconds(demand.answers(before)),
+                        readers=_seconds(readers if is_alike else []),
                         in_flight=round(steered.bytes_in_flight / piece_bytes),
                         readers_in_flight=self._in_flight_before(steered, demand.mean_bytes(before, now)) / piece_bytes,
                         readers_wait=self._waits_for(steered),
@@ -105,6 +108,10 @@ class Steering:
     def _in_flight_before(self, steered: Steered, readers_bytes: float) -> float:
         """Bytes on their way that are more urgent than those of `steered`."""
         return readers_bytes + sum(one.bytes_in_flight for one in self._steered if one.priority < steered.priority)
+
+
+def _mean_bytes(answers: list[tuple[int, int]]) -> float:
+    return sum(size for _, size in answers) / len(answers) if answers else 0.0
 
 
 def _seconds(answers: list[tuple[int, int]]) -> Answers:

@@ -28,9 +28,9 @@ from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.prefetch.loading import Loader
 from orchestra.prefetch.pace import Pace
-from orchestra.prefetch.squeeze import Squeeze
 from orchestra.prefetch.steering import Steering
 from orchestra.prefetch.tree import Page, TreeFile, walk, walk_paths
+from orchestra.prefetch.yielding import Yielding
 from orchestra.stores.limit import URGENCY
 from orchestra.units import MIB, format_size
 
@@ -199,7 +199,7 @@ class LoadRun:
             has_room=self._has_room,
             share=self._shared,
         )
-        async with tools.steering.steer(self._loader, Squeeze(tools.requests_max)):
+        async with tools.steering.steer(self._loader, Yielding(tools.requests_max)):
             return await self._loader.run(pages)
 
     def _conclude(self, is_whole: bool) -> None:
