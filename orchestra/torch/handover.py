@@ -10,7 +10,8 @@ killed, and /dev/shm may be small); a batch is collated into one, its number goe
 the first time. A byte at the segment's start says whose it is: the worker writes to it only while that says FREE, and
 the training process sets it so when nothing refers to the batch any more. What it gets is an ordinary tensor.
 
-A process that forks while it holds a batch shares it with its child, so such a segment is never written to again.
+A process that forks while it holds a batch shares it with its child, so such a segment is never written to again. Nor
+is one that `share_memory_` took a tensor out of (to send it on does, too): arrays made of the tensor look there yet.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def reuse_memory() -> None:
     """In a DataLoader's worker: have the tensors that `default_collate` makes from now on go through memory that is
     used again. Nothing in any other process. Cheap when it is done already."""
     global _pool
-    if _pool is not None or get_worker_info() is None:
-        return
+    if _pool is not None or get_worker_info() is None or not hasattr(os, "memfd_create"):
+        return  # a Python that was built for an old libc has none
     _pool = _Pool()
     default_collate_fn_map[torch.Tensor] = _collated
     for kind in (int, float):
@@ -80,7 +81,7 @@ class _Segment:
         self.is_known = False  # whether the training process has the descriptor
         self.is_held = False  # whether this process has a tensor on it
         self.is_sent = False
-        self.is_shared = False  # with a child of this process, for good
+        self.is_shared = False  # with a child of this process, or what else looks there, for good
         self.tensor: Callable[[], torch.Tensor | None] = lambda: None
 
     @property
@@ -118,8 +119,8 @@ class _Segment:
         self.memory[0] = _RETIRED
         os.close(self.fd)
 
-    def _come_back(self, has_forked: bool) -> None:
-        self.is_shared = self.is_shared or has_forked
+    def _come_back(self, is_shared: bool) -> None:
+        self.is_shared = self.is_shared or is_shared
         self.is_held = False
 
 
@@ -137,7 +138,7 @@ class _Pool:
         """Return a tensor, not cleared; None if there is no memory to be used again and no more may be made."""
         wanted = _bytes_of(shape, dtype)
         if wanted < BATCH_BYTES_MIN:
-            return self.small(torch.empty(tuple(shape), dtype=dtype))
+            return self.small(torch.empty(tuple(shape), dtype=dtype, device="cpu"))
         with self._lock:
             segment = self._fitting(wanted) or self._new(wanted)
             return None if segment is None else segment.lend(shape, dtype)
@@ -150,7 +151,7 @@ class _Pool:
     def sent(self, tensor: torch.Tensor) -> tuple[Any, ...] | None:
         """Return how a tensor that was made here goes over; None if torch has to see to it: it is another, or a second
         one in the same memory, or not the plain tensor any more that it was."""
-        if tensor.requires_grad or not tensor.is_contiguous():
+        if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return None
         if self._small.get(id(tensor)) is tensor and 0 < tensor.nbytes < BATCH_BYTES_MIN:
             return _copied, (tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), tuple(tensor.shape), tensor.dtype)
@@ -243,10 +244,10 @@ def _received(source: _Source, number: int, handle: Any, shape: Sequence[int], d
             os.close(fd)
     memory = _mapped[source, number]
 
-    def come_back(has_forked: bool) -> None:
-        if has_forked:
+    def come_back(is_shared: bool) -> None:
+        if is_shared:
             _mapped.pop((source, number), None)
-        memory[0] = _GONE if has_forked else _FREE
+        memory[0] = _GONE if is_shared else _FREE
         if not _is_running(source):
             _forget_ended()
 
@@ -274,29 +275,41 @@ def _is_running(source: _Source) -> bool:
 
 
 class _Lease:
-    """Owner of a segment's bytes as a tensor sees them: torch keeps it alive as long as any view of them lives."""
+    """Owner of a segment's bytes as a tensor sees them: torch keeps it alive as long as any view of them lives, unless
+    the tensor's storage is given other memory. `come_back` is told whether somebody may look at these bytes still."""
 
-    __slots__ = ("__array_interface__", "_come_back", "_forks", "_memory")
+    __slots__ = ("__array_interface__", "_come_back", "_forks", "_memory", "storage")
     _is_finalizing = staticmethod(sys.is_finalizing)
 
     def __init__(self, memory: _Array, size_bytes: int, come_back: Callable[[bool], None]) -> None:
         self._memory = memory
         self._come_back = come_back
         self._forks = _forks
+        self.storage: Callable[[], torch.UntypedStorage | None] = lambda: None
         self.__array_interface__ = memory[_HEADER_BYTES : _HEADER_BYTES + size_bytes].__array_interface__
 
     def __del__(self) -> None:
-        if not self._is_finalizing():
-            self._come_back(self._forks != _forks)
+        if self._is_finalizing():
+            return
+        storage = self.storage()
+        if storage is not None:  # it has other memory now; an array that was made before keeps it alive, not this
+            weakref.finalize(storage, _let_go, self._memory).atexit = False
+        self._come_back(storage is not None or self._forks != _forks)
+
+
+def _let_go(memory: _Array) -> None:
+    """What refers to `memory` lives until this is called."""
 
 
 def _tensor_on(lease: _Lease, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return _shaped(torch.from_numpy(np.asarray(lease)), shape, dtype)
+    data = torch.from_numpy(np.asarray(lease))
+    lease.storage = weakref.ref(data.untyped_storage())
+    return _shaped(data, shape, dtype)
 
 
 def _shaped(data: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     # Not as a view, which is forbidden some things that a batch is not.
-    return torch.empty(0, dtype=dtype).set_(data.untyped_storage()).resize_(tuple(shape))
+    return torch.empty(0, dtype=dtype, device="cpu").set_(data.untyped_storage()).resize_(tuple(shape))
 
 
 def _bytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -181,6 +181,38 @@ def test_a_child_of_the_training_keeps_its_batch(folder: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_an_array_of_a_batch_that_is_sent_on_stays_as_it_was(folder: Path) -> None:
+    """`share_memory_`, which any queue calls, gives a batch other memory: arrays made before keep theirs, unchanged."""
+    kept = []
+    for batch, _ in loader(dataset(folder, count=80), workers=1):
+        kept.append(batch.numpy())
+        batch.share_memory_()
+    for number, values in enumerate(kept):
+        assert (values[:, 7] == wanted(number, 80).numpy()).all()
+
+
+def as_a_view_and_an_array(samples: Sequence[Any]) -> tuple[torch.Tensor, Any]:
+    """A collate function of the user's: one part of the batch as a tensor, the other as an array."""
+    batch: torch.Tensor = default_collate([sample for sample, _ in samples])
+    return batch[:, :5], batch[:, 5:].numpy()
+
+
+def test_an_array_of_a_workers_batch_goes_over_as_it_was(folder: Path) -> None:
+    """A view's journey takes the batch its memory: what the array shows is not written to before it is sent."""
+    for number, (view, rest) in enumerate(loader(dataset(folder), collate_fn=as_a_view_and_an_array)):
+        assert torch.equal(view[:, 4], wanted(number))
+        assert (rest == wanted(number).numpy()[:, None]).all()
+
+
+def test_a_default_device_is_not_the_batchs(folder: Path) -> None:
+    """A training whose new tensors are on another device gets its batches where they are."""
+    batches = iter(loader(dataset(folder, count=16), workers=1))
+    with torch.device("meta"):
+        batch, labels = next(batches)
+    assert torch.equal(batch[:, 0], wanted(0))
+    assert torch.equal(labels, wanted(0).long())
+
+
 def test_only_workers_are_changed(folder: Path) -> None:
     """Reading a batch here, or by workers, leaves torch's collation in this process as it is."""
     before = dict(default_collate_fn_map)
