@@ -44,8 +44,9 @@ class ColumnCubes(IterableDataset[Any]):
 
     `frames`: an array of shape (tables, rows, columns), or data frames, or paths of Parquet, Arrow, CSV or npy files.
     Every cube has the first `rows` rows of every table and `columns` columns drawn without repetition, the same for all
-    tables. Cube i follows from `seed`, `epoch` and i alone: it is the same in any process, with any number of threads
-    and of DataLoader workers, who make every n-th each and together give the series in its order.
+    tables (by their place: names are not looked at). Cube i follows from `seed`, `epoch` and i alone: it is the same in
+    any process, with any number of threads and of DataLoader workers, who make every n-th each and together give the
+    series in its order.
 
     `out`: "numpy" or "torch". A cube is the caller's own: memory is used again only when nothing refers to it.
     `dtype`: what values are converted to once, at the start; None keeps what the tables have. `threads`: how many cubes
