@@ -62,6 +62,7 @@ class Courier:
         self._process: asyncio.subprocess.Process | None = None
         self._link: _Link | None = None
         self._ready = asyncio.Event()
+        self._is_closed = False
         self.carried = 0  # errands done, since the start
 
     @property
@@ -108,6 +109,7 @@ class Courier:
 
     async def close(self) -> None:
         """End the process."""
+        self._is_closed = True
         self._holders = 0
         if self._ending is not None:
             self._ending.cancel()
@@ -118,7 +120,7 @@ class Courier:
     # -- the process -----------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Close our end, which ends it."""
+        """End it, whatever it does: what it was about is nobody's yet."""
         self._ending = None
         if self._link is not None:
             self._link.close()
@@ -159,7 +161,7 @@ class Courier:
             self._link = link
             link.say(self._setup.pack())
             if not self._holders:  # let go of while it started
-                self._ending = self._ending or loop.call_later(_KEPT_S, self._end)
+                self._ending = self._ending or loop.call_later(0 if self._is_closed else _KEPT_S, self._end)
             return await process.wait()
         finally:
             self._link = self._process = None
@@ -242,10 +244,12 @@ class _Link(asyncio.Protocol):
         self._saying.append(said)
 
     def close(self) -> None:
-        """Take no more errands; those under way are over."""
+        """Take no more errands; those under way are over, and the process, be it stopped."""
         self.is_ready = False
         if self._transport is not None:
             self._transport.abort()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     def _flush(self) -> None:
         said, self._saying = b"".join(self._saying), []

@@ -307,6 +307,20 @@ async def test_an_errand_that_was_given_up_leaves_nothing(
     assert len(os.listdir(layout.tmp)) == 1
 
 
+async def test_closing_waits_for_no_courier(layout: CacheLayout) -> None:
+    """Neither for one that is stopped, nor for one that was just called."""
+    async with asyncio.timeout(PATIENCE_S / 10):
+        courier = Courier(layout, Geometry(4096, 16384), boot_id=BOOT)
+        with courier.held():
+            os.kill(await wait_ready(courier), signal.SIGSTOP)
+        await courier.close()
+        courier = Courier(layout, Geometry(4096, 16384), boot_id=BOOT)
+        with courier.held():
+            await asyncio.sleep(0)
+        await courier.close()
+    assert courier.pid is None
+
+
 async def test_without_a_process_nothing_is_carried(layout: CacheLayout, scripted: ScriptedServer) -> None:
     """Before anybody holds it, an errand is NotCarriedError at once."""
     with pytest.raises(NotCarriedError):
