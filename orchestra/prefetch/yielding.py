@@ -85,13 +85,13 @@ class Yielding:
         """Note what was seen; return the new limit."""
         answers = seen.own.with_others(seen.readers)
         if not seen.readers_wait:
-            self.limit, self._is_rising, self._looking = self.limit_max, False, 0
+            self.limit, self._looking = self.limit_max, 0  # what was learnt stays
             return self.limit
         if not answers.count:  # there was nothing to ask for, or the store does not answer
             return self._wait()
         if not self._total:  # the first answers say how long one takes, and not yet what more in flight does
             self._readers = seen.readers_in_flight
-            self._total = self.limit + self._readers
+            self._total = LIMIT_AT_FIRST + self._readers  # also if it had the link for itself until now
             self._latency.note(answers)
         else:
             self._readers += _GAIN * (seen.readers_in_flight - self._readers)

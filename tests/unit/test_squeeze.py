@@ -77,6 +77,15 @@ def test_a_load_pauses_when_readers_fill_the_link() -> None:
     assert max(found[30:]) == 1
 
 
+def test_a_load_that_had_the_link_makes_room_for_readers() -> None:
+    """It knows the link only with a queue of its own; when four readers come they have it nearly as if alone."""
+    squeeze = Yielding(128)
+    Link(0.05, 50e6).run(squeeze, 20, readers_wait=False)
+    found = Link(0.05, 50e6, readers=4).run(squeeze, 100)
+    assert max(found[1:]) <= 16
+    assert max(found[20:]) <= 4
+
+
 def test_a_load_meets_a_queue_and_looks_how_long_readers_wait_without_it() -> None:
     """Eight readers fill the link before it comes: it sees that with nothing in flight, and hardly takes part."""
     squeeze, link = Yielding(128), Link(0.05, 50e6, readers=8)
