@@ -84,7 +84,7 @@ class _Training:
         ready = [0.0] * len(batches)
         waiting = [deque(range(worker, len(batches), setting.workers)) for worker in range(setting.workers)]
         taken = [0.0] * len(batches)  # when the training took it, once it has
-        events = [(0.0, worker, 0) for worker in range(setting.workers)]  # when, who, files of its batch that it has
+        events = [(0.0, who, 0) for who, given in enumerate(waiting) if given]  # when, who, files of its batch it has
         trained, count = 0.0, 0
         while count < len(batches):
             now, worker, done = heapq.heappop(events)
