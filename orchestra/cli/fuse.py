@@ -292,7 +292,10 @@ def upgrade_command(folder: str) -> None:
     if record is None or not record.workers:
         raise MountError(f"no supervisor of a mount on {target} is known: mount it anew")
     with registry.opened_pids(record.workers) as pidfds:
-        os.kill(record.pid, signal.SIGHUP)
+        try:
+            os.kill(record.pid, signal.SIGHUP)
+        except PermissionError:
+            raise MountError(f"{target} is held by a process of another user, who alone can upgrade it") from None
         if not registry.wait_all_ended(pidfds, _UPGRADED_WITHIN_S):
             raise MountError(f"the workers of {target} were not exchanged; its log says why: {record.log}")
     click.echo(f"upgraded {printable(target)}")

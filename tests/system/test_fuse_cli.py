@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
 from orchestra.fuse.mount import mount_at, unmount
+from orchestra.fuse.registry import MountRecord, start_of_process
 from tests.support.fuse_mounts import needs_fuse
+from tests.support.other_user import python_as_nobody
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, needs_fuse]
 
@@ -284,6 +287,28 @@ def test_upgrade_exchanges_the_workers_under_an_open_file(site: Site) -> None:
     assert after is not None
     assert after["pid"] == known["pid"]
     assert after["workers"] != known["workers"]
+
+
+def test_another_users_mount_is_not_upgraded() -> None:
+    """As for a user who mounted with sudo: one line, and nothing of ours is touched."""
+    with tempfile.TemporaryDirectory() as name:
+        state = Path(name)
+        state.chmod(0o755)
+        ours = MountRecord("/mnt", "/", "auto", os.getpid(), start_of_process(os.getpid()), None, [os.getpid()])
+        (state / "orchestra" / "fuse").mkdir(parents=True)
+        (state / "orchestra" / "fuse" / "mnt.json").write_text(json.dumps(asdict(ours)))
+        done = subprocess.run(
+            [*python_as_nobody("import orchestra.cli.fuse"), "-m", "orchestra", "fuse", "upgrade", "/mnt"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={"XDG_STATE_HOME": name, "PATH": os.environ["PATH"]},
+            cwd="/",
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "orchestra: /mnt is held by a process of another user, who alone can upgrade it\n",
+    )
 
 
 def test_a_unit_for_systemd_is_printed_and_nothing_is_mounted(site: Site) -> None:

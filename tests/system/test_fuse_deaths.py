@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import select
 import signal
 from collections.abc import Iterator
@@ -240,6 +241,22 @@ def test_where_the_kernel_cannot_send_again_a_death_ends_the_mount(make: Mount) 
     assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     assert mounted.process.wait(60) == 1
     assert not mounted.is_mounted()
+
+
+def test_a_supervisor_that_cannot_start_a_worker_tries_again(make: Mount) -> None:
+    """No descriptor, or no memory, for one more process: it holds the mount, and goes on when there is one."""
+    mounted = make()
+    watcher, *workers = mounted.children()
+    pid = mounted.process.pid
+    lowest = min(set(range(100)) - {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")})
+    assert lowest > 8, "what it polls must stay within the limit"
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE, (8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    for worker in workers:
+        kill(worker)
+    wait_until(lambda: mounted.children() == [watcher])
+    reading = beside((mounted.target / "small").read_bytes)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+    assert reading.result(60) == b"small" * 10_000
 
 
 def test_who_stood_by_is_replaced(make: Mount) -> None:
