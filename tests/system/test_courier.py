@@ -70,12 +70,13 @@ def opened(origin: OriginProcess, attempt_timeout_s: float) -> UnderStore:
 def node(
     origin: OriginProcess, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[ThreadNode]:
-    """A node that has a courier for every load, however small, on a machine with however many cores. The parameter is
-    how long an attempt may take."""
+    """A node that has a courier for every load, however small, on a machine with however many cores and however busy.
+    The parameter is how long an attempt may take."""
     origin.set(latency_ms=0)
     origin.call("/__reset")
     monkeypatch.setattr(load, "_CARRIED_BYTES_MIN", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setenv("COURIER_TEST_SECRET", SECRET)
     store = opened(origin, getattr(request, "param", 30.0))
     with (
@@ -158,6 +159,14 @@ async def do_verified_load(node: ThreadNode) -> Job:
     while not (job := await jobs.wait(job.job_id, 1)).state.is_over:
         pass
     return job
+
+
+def test_a_busy_machine_loads_without(node: ThreadNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more programs want to run than there are cores for, a load begins no process, and brings the same."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (8.0, 8.0, 8.0))
+    assert node.run(do_load(node, "/data")).state is JobState.SUCCEEDED
+    assert (courier_of(node).pid, courier_of(node).carried) == (None, 0)
+    check_all(node)
 
 
 @pytest.mark.parametrize("node", [1.0], indirect=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 _VERIFIED_AT_ONCE_BYTES = 64 * MIB
 # Missing bytes from which on a load has a courier: below it is over before that process is up.
 _CARRIED_BYTES_MIN = 64 * MIB
+# ... unless so many programs a core want to run already. A file then waits for its turn on a core in two processes
+# instead of one: with four and more a core a load was a third slower so, with two it was faster.
+_BUSY_PER_CORE = 3.0
 # Rounds over what was there and is gone again when the end is looked at; more means that others need the space.
 _ROUNDS_MAX = 2
 
@@ -145,8 +149,10 @@ class LoadRun:
 
     def _call_courier(self, missing_bytes: int) -> None:
         carried = self._tools.engine.carried
-        if carried is not None and missing_bytes >= _CARRIED_BYTES_MIN and not self._has_courier:
-            self._has_courier = True
+        if carried is None or missing_bytes < _CARRIED_BYTES_MIN or self._has_courier:
+            return
+        self._has_courier = True
+        if os.getloadavg()[0] <= _BUSY_PER_CORE * len(os.sched_getaffinity(0)):
             self._helped.enter_context(carried.courier.held())
 
     def _fits_of_quotas(self, missing: Counter[str], charged: Counter[str]) -> Iterator[Fit]:
