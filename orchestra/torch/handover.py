@@ -256,8 +256,9 @@ def _received(source: _Source, number: int, handle: Any, shape: Sequence[int], d
 
 def _forget_ended() -> None:
     """Forget what its worker gave up and what ended workers left; what is in use stays mapped until it is not."""
-    for key, memory in list(_mapped.items()):
-        if memory[0] == _RETIRED or not _is_running(key[0]):
+    for key in list(_mapped):  # not its items: to make those may collect garbage, and that forgets some meanwhile
+        memory = _mapped.get(key)
+        if memory is not None and (memory[0] == _RETIRED or not _is_running(key[0])):
             _mapped.pop(key, None)
 
 

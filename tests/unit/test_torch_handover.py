@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, default_collate
@@ -211,6 +213,29 @@ def test_a_default_device_is_not_the_batchs(folder: Path) -> None:
         batch, labels = next(batches)
     assert torch.equal(batch[:, 0], wanted(0))
     assert torch.equal(labels, wanted(0).long())
+
+
+def test_garbage_may_hold_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that the collector finds while others are being forgotten is dropped as any."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            handover._mapped.pop(((os.getpid(), b""), 0))
+
+    monkeypatch.setattr(handover, "_mapped", {((os.getpid(), b""), n): np.zeros(1, np.uint8) for n in range(100)})
+    before = gc.get_threshold()
+    gc.collect()
+    Holder()
+    gc.set_threshold(30)
+    try:
+        handover._forget_ended()
+    finally:
+        gc.set_threshold(*before)
+    gc.collect()
+    assert len(handover._mapped) == 99
 
 
 def test_only_workers_are_changed(folder: Path) -> None:
