@@ -75,8 +75,8 @@ def start_daemon(config: Config, *, autostarted: bool = False) -> dict[str, Any]
         status = daemon_status(config)
     if status is None:
         raise DaemonUnavailableError(
-            f"the daemon was started {_STARTS_MAX} times and ended each time before it could say anything: was it "
-            f"killed? See {_layout(config).log}"
+            f"the daemon was started {_STARTS_MAX} times and ended each time before it could say anything: unless "
+            f"somebody killed it, `orchestra daemon run` shows why; see also {_layout(config).log}"
         )
     return status
 
