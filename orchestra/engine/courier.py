@@ -47,7 +47,7 @@ _STARTS_MAX = 3
 # Without a sign of life for so long while errands wait, it is stopped or stuck, and is ended.
 _SILENT_S = 5.0
 # All that Python and TLS look at there; none of it is a secret, and the mounts' secrets may be among the others.
-_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR", "GLIBC_TUNABLES")
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR", "GLIBC_TUNABLES")
 
 
 class Courier:
