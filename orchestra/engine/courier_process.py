@@ -117,6 +117,9 @@ class Carrying(asyncio.Protocol):
         except (NotPlainError, OSError, ssl.SSLError, OrchestraError):
             # The daemon tries itself then, and says what fails in its own words.
             self._say(message(Kind.FAILED, number))
+        except Exception:  # the task's outermost frame: an errand without an answer would be waited for
+            log.exception("an errand failed for a reason that nobody thought of")
+            self._say(message(Kind.FAILED, number))
         finally:
             del self._errands[number]
 
