@@ -27,6 +27,7 @@ BROAD_EXCEPTS = {
     "orchestra/fuse/channel.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
     "orchestra/fuse/session.py": "the outermost frame of a FUSE request: an unanswered one hangs its caller for good",
     "orchestra/daemon/api/peer.py": "the outermost frame of a request of another node: it breaks the connection off",
+    "orchestra/engine/courier_process.py": "the outermost frame of an errand: an unanswered one is waited for",
     "orchestra/daemon/api/app.py": "the outermost frame of an HTTP request: it answers 500",
     "tests/support/node.py": "the outermost frame of a node's thread: whoever waits for the node raises it again",
     "orchestra/testing/s3_server.py": "the outermost frame of the server's process: its parent raises it",
