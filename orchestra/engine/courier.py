@@ -25,8 +25,8 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.store import Placed
 from orchestra.engine.courier_wire import (
+    Conversation,
     Kind,
-    Messages,
     Place,
     Setup,
     carry_message,
@@ -197,17 +197,14 @@ class PlaceCarrier:
         return outcome
 
 
-class _Link(asyncio.Protocol):
+class _Link(Conversation):
     """The connection to one courier, and the errands that it has."""
 
     def __init__(self, process: asyncio.subprocess.Process, ready: asyncio.Event) -> None:
         """`ready` is set when errands are taken."""
+        super().__init__()
         self._process = process
         self._ready = ready
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.WriteTransport | None = None
-        self._messages = Messages()
-        self._saying: list[bytes] = []
         self._serial = itertools.count()
         self._servers: dict[Server, int] = {}
         self._errands: dict[int, asyncio.Future[Placed | RangeAnswer]] = {}
@@ -237,12 +234,6 @@ class _Link(asyncio.Protocol):
                 _discard_placed(waiting.result())
             raise
 
-    def say(self, said: bytes) -> None:
-        """Send it with whatever else is said in this turn of the loop: a call to the kernel for many errands."""
-        if not self._saying:
-            self._loop.call_soon(self._flush)
-        self._saying.append(said)
-
     def close(self) -> None:
         """Take no more errands; those under way are over, and the process, be it stopped."""
         self.is_ready = False
@@ -250,11 +241,6 @@ class _Link(asyncio.Protocol):
             self._transport.abort()
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-
-    def _flush(self) -> None:
-        said, self._saying = b"".join(self._saying), []
-        if self._transport is not None:
-            self._transport.write(said)
 
     def _end_if_silent(self, asked_at: float) -> None:
         """An errand was given up: not for want of a server, if nothing at all was heard meanwhile."""
@@ -264,11 +250,6 @@ class _Link(asyncio.Protocol):
                 self._process.kill()
 
     # -- called by the loop ----------------------------------------------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.BaseProtocol."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol: it has ended, or is to."""

@@ -27,8 +27,8 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.store import Placed
 from orchestra.engine.courier_wire import (
+    Conversation,
     Kind,
-    Messages,
     Place,
     Setup,
     answer_message,
@@ -50,25 +50,17 @@ log = logging.getLogger(__name__)
 _NEW_OBJECTS_MAX = 10_000
 
 
-class Carrying(asyncio.Protocol):
-    """One connection to the daemon."""
+class Carrying(Conversation):
+    """The daemon's connection, at its courier's end."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.WriteTransport | None = None
-        self._messages = Messages()
-        self._saying: list[bytes] = []
+        super().__init__()
         self._files: BlockFiles | None = None
         self._geometry = Geometry(4096, 4096)
         self._servers: dict[int, Server] = {}
         self._clients: dict[int, RangeClient] = {}
         self._errands: dict[int, asyncio.Task[None]] = {}
         self.ended: asyncio.Future[None] = self._loop.create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.BaseProtocol."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol: the daemon has ended, or wants us no more."""
@@ -96,30 +88,19 @@ class Carrying(asyncio.Protocol):
         self._geometry = Geometry(setup.block_size_bytes, setup.extent_size_bytes)
         layout = CacheLayout(Path(setup.cache_dir))
         self._files = BlockFiles(layout, self._geometry, boot_id=bytes.fromhex(setup.boot_id), disk=LocalDisk())
-        self._say(message(Kind.READY, 0))
-
-    def _say(self, said: bytes) -> None:
-        """Send it with whatever else is said in this turn of the loop."""
-        if not self._saying:
-            self._loop.call_soon(self._flush)
-        self._saying.append(said)
-
-    def _flush(self) -> None:
-        said, self._saying = b"".join(self._saying), []
-        if self._transport is not None:
-            self._transport.write(said)
+        self.say(message(Kind.READY, 0))
 
     async def _carry(self, number: int, client: RangeClient, place: Place, errand: Errand) -> None:
         try:
-            self._say(await self._outcome(number, client, place, errand))
+            self.say(await self._outcome(number, client, place, errand))
         except TimeoutError:
-            self._say(message(Kind.STALLED, number))
+            self.say(message(Kind.STALLED, number))
         except (NotPlainError, OSError, ssl.SSLError, OrchestraError):
             # The daemon tries itself then, and says what fails in its own words.
-            self._say(message(Kind.FAILED, number))
+            self.say(message(Kind.FAILED, number))
         except Exception:  # the task's outermost frame: an errand without an answer would be waited for
             log.exception("an errand failed for a reason that nobody thought of")
-            self._say(message(Kind.FAILED, number))
+            self.say(message(Kind.FAILED, number))
         finally:
             del self._errands[number]
 

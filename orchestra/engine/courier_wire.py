@@ -1,4 +1,4 @@
-"""What the daemon and its courier say to each other over their socket pair. Pure.
+"""What the daemon and its courier say to each other over their socket pair, and how.
 
 A message is its length, its kind, the errand's number, and a body. The daemon begins with SETUP, names each server once
 (SERVER), and then sends errands (CARRY) and takes them back (CANCEL); the courier begins with READY and answers each
@@ -9,6 +9,7 @@ Owns: these bytes. Both ends are of one installation and live no longer than a d
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Iterator
@@ -148,6 +149,32 @@ class Messages:
             yield kind, number, data[at + _HEAD.size : stop]
             at = stop
         self._rest = data[at:]
+
+
+class Conversation(asyncio.Protocol):
+    """Either end of the socket pair."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.WriteTransport | None = None
+        self._messages = Messages()
+        self._saying: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.BaseProtocol."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def say(self, said: bytes) -> None:
+        """Send it with whatever else is said in this turn of the loop: a call to the kernel for many errands."""
+        if not self._saying:
+            self._loop.call_soon(self._flush)
+        self._saying.append(said)
+
+    def _flush(self) -> None:
+        said, self._saying = b"".join(self._saying), []
+        if self._transport is not None:
+            self._transport.write(said)
 
 
 def setup_of(body: bytes) -> Setup:
