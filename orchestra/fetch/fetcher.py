@@ -4,8 +4,9 @@ wrappers; which blocks to ask for is the engine's choice."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
@@ -15,6 +16,8 @@ from orchestra.stores.carrying import Carrier, NotCarriedError, PlacingStore
 from orchestra.stores.contract import Buffer
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
+
+Got = TypeVar("Got")
 
 
 @dataclass(slots=True)
@@ -73,28 +76,16 @@ class Fetcher:
         self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
     ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
-        await self._ask(byte_range, priority, marks)
-        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
-        if demand is not None:
-            demand.begin(byte_range.length, marks[-1])
-        try:
+
+        async def whole() -> Buffer:
             data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
                 raise StoreUnavailableError(
                     f"{store.store_id}: asked for {byte_range.length} bytes of {info.key!r}, got {len(data)}"
                 )
-        except BaseException:
-            self.statistics.failures += 1
-            self.release(byte_range.length)
-            raise
-        finally:
-            marks.append(self._end_asking())
-            if demand is not None:
-                demand.end(byte_range.length, marks[-1])
-        if demand is not None:
-            demand.answered(marks[-1] - marks[-2], byte_range.length)
-        self.statistics.bytes_fetched += byte_range.length
-        return data
+            return data
+
+        return await self._asked(whole, byte_range, priority, marks)
 
     async def place(
         self,
@@ -106,26 +97,36 @@ class Fetcher:
         carrier: Carrier,
     ) -> None:
         """As `read`, with the bytes where `carrier` puts them. Also raises NotCarriedError."""
-        await self._ask(byte_range, priority, marks)
-        try:
-            await store.place(info, byte_range, carrier)
-        except NotCarriedError:
-            self.statistics.requests -= 1
-            self.release(byte_range.length)
-            raise
-        except BaseException:
-            self.statistics.failures += 1
-            self.release(byte_range.length)
-            raise
-        finally:
-            marks.append(self._end_asking())
-        self.statistics.bytes_fetched += byte_range.length
+        await self._asked(lambda: store.place(info, byte_range, carrier), byte_range, priority, marks)
 
-    async def _ask(self, byte_range: ByteRange, priority: Priority, marks: list[int]) -> None:
+    async def _asked(
+        self, ask: Callable[[], Awaitable[Got]], byte_range: ByteRange, priority: Priority, marks: list[int]
+    ) -> Got:
+        """Ask when the budget lets it. What fails is given back to it, and what was not sent was no request."""
         await self._budget.acquire(byte_range.length, priority)
         marks.append(self._begin_asking())
         self.statistics.requests += 1
         URGENCY.set(priority)
+        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
+        if demand is not None:
+            demand.begin(byte_range.length, marks[-1])
+        try:
+            got = await ask()
+        except BaseException as error:
+            if isinstance(error, NotCarriedError):
+                self.statistics.requests -= 1
+            else:
+                self.statistics.failures += 1
+            self.release(byte_range.length)
+            raise
+        finally:
+            marks.append(self._end_asking())
+            if demand is not None:
+                demand.end(byte_range.length, marks[-1])
+        if demand is not None:
+            demand.answered(marks[-1] - marks[-2], byte_range.length)
+        self.statistics.bytes_fetched += byte_range.length
+        return got
 
     def _begin_asking(self) -> int:
         now_ns = self.stalls.now_ns()
