@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,19 @@ async def _made(node: ThreadNode, folder: Path) -> PartRunner:
     return PartRunner(node.node.jobs.tools, folder, "a", lambda mount: 1)
 
 
+@contextmanager
+def node_with_parts(folder: Path) -> Iterator[tuple[ThreadNode, PartRunner]]:
+    """A node of one file, and what runs its parts of the cluster's loads."""
+    store = VersionedStore()
+    store.put("file", data_of("file", 5000))
+    with thread_node(folder, store) as node:
+        parts = node.run(_made(node, folder / "parts"))
+        try:
+            yield node, parts
+        finally:
+            node.run(parts.close())
+
+
 def start(term: int) -> dict[str, Any]:
     return {"job": JOB, "term": term, "spec": {"path": "/data"}, "ring": [["a", 1]]}
 
@@ -34,25 +49,19 @@ def start(term: int) -> dict[str, Any]:
 def test_a_leader_that_lost_its_job_gives_no_orders(tmp_path: Path) -> None:
     """Once a part was started by the job's new leader, the one before is refused, whatever it asks for; the next one is
     obeyed."""
-    store = VersionedStore()
-    store.put("file", data_of("file", 5000))
-    with thread_node(tmp_path, store) as node:
-        parts = node.run(_made(node, tmp_path / "parts"))
-        try:
-            assert node.run(parts.answer("start", start(1))) == {}
-            with pytest.raises(LedElsewhereError, match="is led by another node now"):
-                node.run(parts.answer("start", start(0)))
-            for action in ("status", "release", "stop", "failures"):
-                with pytest.raises(NotFoundError, match="knows of no part"):
-                    node.run(parts.answer(action, {"job": JOB, "term": 0, "offset": 0}))
-            assert node.run(parts.answer("status", {"job": JOB, "term": 1}))["state"] in ("CREATED", "RUNNING")
-            assert node.run(parts.answer("start", start(2))) == {}
-            with pytest.raises(NotFoundError):
-                node.run(parts.answer("stop", {"job": JOB, "term": 1}))
-            with pytest.raises(UsageError, match="term: expected a number"):
-                node.run(parts.answer("stop", {"job": JOB, "term": "2"}))
-        finally:
-            node.run(parts.close())
+    with node_with_parts(tmp_path) as (node, parts):
+        assert node.run(parts.answer("start", start(1))) == {}
+        with pytest.raises(LedElsewhereError, match="is led by another node now"):
+            node.run(parts.answer("start", start(0)))
+        for action in ("status", "release", "stop", "failures"):
+            with pytest.raises(NotFoundError, match="knows of no part"):
+                node.run(parts.answer(action, {"job": JOB, "term": 0, "offset": 0}))
+        assert node.run(parts.answer("status", {"job": JOB, "term": 1}))["state"] in ("CREATED", "RUNNING")
+        assert node.run(parts.answer("start", start(2))) == {}
+        with pytest.raises(NotFoundError):
+            node.run(parts.answer("stop", {"job": JOB, "term": 1}))
+        with pytest.raises(UsageError, match="term: expected a number"):
+            node.run(parts.answer("stop", {"job": JOB, "term": "2"}))
 
 
 async def _start_both(parts: PartRunner, first: int, second: int) -> tuple[list[Any], int]:
@@ -66,20 +75,14 @@ async def _start_both(parts: PartRunner, first: int, second: int) -> tuple[list[
 def test_of_two_leaders_that_ask_at_once_the_later_one_is_obeyed(tmp_path: Path) -> None:
     """The old leader asks while the part that it had here is being stopped for the new one: it is refused, and one
     part runs, which the new one can stop."""
-    store = VersionedStore()
-    store.put("file", data_of("file", 5000))
-    with thread_node(tmp_path, store) as node:
-        parts = node.run(_made(node, tmp_path / "parts"))
-        try:
-            assert node.run(parts.answer("start", start(0))) == {}
-            (new, old), running = node.run(_start_both(parts, 2, 1))
-            assert new == {}
-            assert isinstance(old, LedElsewhereError)
-            assert running == 1
-            assert node.run(parts.answer("stop", {"job": JOB, "term": 2})) == {}
-            assert not parts.is_busy
-        finally:
-            node.run(parts.close())
+    with node_with_parts(tmp_path) as (node, parts):
+        assert node.run(parts.answer("start", start(0))) == {}
+        (new, old), running = node.run(_start_both(parts, 2, 1))
+        assert new == {}
+        assert isinstance(old, LedElsewhereError)
+        assert running == 1
+        assert node.run(parts.answer("stop", {"job": JOB, "term": 2})) == {}
+        assert not parts.is_busy
 
 
 async def _lead(node: ThreadNode, parts: PartRunner, job: Job) -> Job:
@@ -95,18 +98,12 @@ async def _lead(node: ThreadNode, parts: PartRunner, job: Job) -> Job:
 def test_a_leader_that_lost_its_job_does_not_end_it(tmp_path: Path) -> None:
     """It is refused by a node that the new leader has asked, and the job stays as it was until this node forgets it;
     without a new leader it succeeds."""
-    store = VersionedStore()
-    store.put("file", data_of("file", 5000))
-    with thread_node(tmp_path, store) as node:
-        parts = node.run(_made(node, tmp_path / "parts"))
-        try:
-            assert node.run(parts.answer("start", start(1))) == {}
-            job = node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0)))
-            assert (job.state, job.message) == (JobState.CREATED, "")
-            assert node.run(parts.answer("status", {"job": JOB, "term": 1}))["state"] in ("CREATED", "RUNNING")
-            assert node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0, term=1))).state is JobState.SUCCEEDED
-        finally:
-            node.run(parts.close())
+    with node_with_parts(tmp_path) as (node, parts):
+        assert node.run(parts.answer("start", start(1))) == {}
+        job = node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0)))
+        assert (job.state, job.message) == (JobState.CREATED, "")
+        assert node.run(parts.answer("status", {"job": JOB, "term": 1}))["state"] in ("CREATED", "RUNNING")
+        assert node.run(_lead(node, parts, Job(JOB, LoadSpec("/data"), 1.0, term=1))).state is JobState.SUCCEEDED
 
 
 async def _submit(node: ThreadNode) -> Job:

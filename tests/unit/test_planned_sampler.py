@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
+from orchestra.client.plans import PlanPublisher
 from orchestra.clock import ManualClock
 from orchestra.errors import UsageError
 from orchestra.torch import PlannedSampler
@@ -332,16 +333,20 @@ class TestWithNode:
             gc.collect()
             assert node.node.plans.status() == []
 
+    def _begun(self, sampler: PlannedSampler) -> tuple[Iterator[int], PlanPublisher]:
+        """Draw the first sample, which publishes the plan; return the rest of them, and who publishes."""
+        drawing = iter(sampler)
+        next(drawing)
+        assert sampler._publisher is not None
+        return drawing, sampler._publisher
+
     def test_few_messages_say_where_the_reader_is(self, tmp_path: Path, store: VersionedStore) -> None:
         """One at the beginning, one at the end, and none in between while the clock stands still; with a second
         between the samples, and the daemon's answer, one each."""
         config, clock = config_at(tmp_path), ManualClock()
         with thread_node(tmp_path, store) as node:
             sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
-            drawing = iter(sampler)
-            next(drawing)
-            publisher = sampler._publisher
-            assert publisher is not None
+            drawing, publisher = self._begun(sampler)
             published = publisher.messages_sent
             list(drawing)
             assert publisher.messages_sent == published + 1
@@ -357,10 +362,7 @@ class TestWithNode:
         config, clock = config_at(tmp_path), ManualClock()
         with thread_node(tmp_path, store) as node:
             sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
-            drawing = iter(sampler)
-            next(drawing)
-            publisher = sampler._publisher
-            assert publisher is not None
+            drawing, publisher = self._begun(sampler)
             while node.node.plans.rest_s(publisher.name) == 0:
                 node.run(asyncio.sleep(0))
             published = publisher.messages_sent
@@ -394,10 +396,7 @@ class TestWithNode:
         config, clock = config_at(tmp_path), ManualClock()
         with thread_node(tmp_path, store) as node:
             sampler = PlannedSampler(paths_of(self.COUNT), 1, config=config, clock=clock)
-            drawing = iter(sampler)
-            next(drawing)
-            publisher = sampler._publisher
-            assert publisher is not None
+            drawing, publisher = self._begun(sampler)
             published = publisher.messages_sent
             with self._held(node):
                 for _ in range(20):
