@@ -10,13 +10,13 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.config import Config, FetchConfig, MountConfig, Replication, expand_variables
+from orchestra.daemon.kept import replace_document
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import CacheDirectoryError, ConfigError, NotFoundError, OrchestraError
 from orchestra.namespace.mounts import MountTable, check_mount_path
@@ -302,12 +302,4 @@ def _read_added(layout: CacheLayout) -> list[MountConfig]:
 
 
 def _write_added(layout: CacheLayout, added: Iterable[MountConfig]) -> None:
-    """Write what must survive: to a new file readable by the owner alone, synced, then renamed."""
-    temporary = layout.added_mounts.with_suffix(".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, json.dumps([mount_to_json(mount) for mount in added], indent=1).encode())
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.rename(layout.added_mounts)
+    replace_document(layout.added_mounts, json.dumps([mount_to_json(mount) for mount in added], indent=1).encode())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from typing import TypeVar
 from orchestra.blocks.rules import Origin, SpaceRules, StoreRule
 from orchestra.blocks.space import Freed
 from orchestra.blocks.store import BlockStore
+from orchestra.daemon.kept import replace_document
 from orchestra.engine.mounted import OpenedMount
 from orchestra.errors import CacheDirectoryError, NotFoundError
 from orchestra.metadata.reader import MetadataReader
@@ -204,15 +204,8 @@ def _read_pins(path: Path) -> frozenset[str]:
 
 
 def _write_pins(path: Path, pins: Iterable[str]) -> None:
-    """Write what must survive: to a new file, synced, then renamed. Raises CacheDirectoryError."""
-    temporary = path.with_suffix(".tmp")
+    """Raises CacheDirectoryError."""
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, json.dumps(sorted(pins), indent=1).encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.rename(path)
+        replace_document(path, json.dumps(sorted(pins), indent=1).encode())
     except OSError as error:
         raise CacheDirectoryError(f"{path} cannot be written: {error.strerror}") from error

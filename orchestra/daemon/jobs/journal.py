@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 from orchestra.daemon.jobs.job import JOB_ID, Job, is_job_id, job_from_json
+from orchestra.daemon.kept import replace_document
 from orchestra.errors import OrchestraError, UsageError
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Journal:
             document = self._waiting.pop(job_id, None)
             try:
                 if document is not None:
-                    _replace(target, document)
+                    replace_document(target, document)
             except OSError as error:
                 log.error("job %s cannot be written to %s: %s", job_id, target, error.strerror)
 
@@ -176,17 +176,6 @@ class Journal:
         if not is_job_id(job_id):
             raise UsageError(f"not the id of a job: {job_id[:100]!r}")
         return self._folder / f"{job_id}.{suffix}"
-
-
-def _replace(target: Path, document: bytes) -> None:
-    temporary = target.with_suffix(".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, document)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    temporary.rename(target)
 
 
 class FailureFile:
