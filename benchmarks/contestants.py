@@ -7,6 +7,7 @@ everything down again. Owns: command lines and options of each. Leaves to others
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from typing import Any
 import psutil
 from origin import BUCKET
 from reader import Work
+
+import orchestra
 
 HERE = Path(__file__).resolve().parent
 KEY = SECRET = "bench"
@@ -154,6 +157,8 @@ class OrchestraNode(Contestant):
     mount_settings = ""  # more lines of the mount's table
 
     def start(self) -> None:
+        # As pip does when it installs; a checkout, and PYTHONDONTWRITEBYTECODE, would compile at every start.
+        compileall.compile_dir(str(Path(orchestra.__file__).parent), quiet=1)
         self.config = self.folder / "orchestra.toml"
         self.config.write_text(
             f"""\

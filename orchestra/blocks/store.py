@@ -18,7 +18,6 @@ import resource
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import crc32c
 
@@ -81,7 +80,7 @@ class BlockStatistics:
     pinned_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placed:
     """What another process wrote: a small object, sealed, at `path`, or a block of that checksum into its extent."""
 
@@ -90,7 +89,7 @@ class Placed:
 
 
 class Placing:
-    """A block that another process writes, from before it is fetched until it is published; a `with` frees what it
+    """A block that another process writes, from before it is fetched until it is published; `close` frees what it
     holds. Room is reserved for it, and its extent does not leave meanwhile."""
 
     __slots__ = ("_block", "_charge", "_digest", "_filling", "_length", "_name", "_owner", "_size", "_store")
@@ -136,10 +135,8 @@ class Placing:
             store._is_full_known = False
         return True
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Give back what it held, once; be it published or not."""
         store = self._store
         if self._filling is not None:
             store._let_go(self._name, self._filling)

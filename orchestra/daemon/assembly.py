@@ -206,7 +206,8 @@ def _carried(layout: CacheLayout, engine: Engine) -> CarriedParts | None:
     """What loads have a second process for; on one core it would only cost."""
     if len(os.sched_getaffinity(0)) < 2:
         return None
-    return CarriedParts(Courier(layout, engine.geometry, boot_id=boot_id()), engine.blocks, engine.fetcher)
+    courier = Courier(layout, engine.geometry, boot_id=boot_id())
+    return CarriedParts(courier, engine.blocks, engine.fetcher, engine.statistics)
 
 
 def _open_blocks(

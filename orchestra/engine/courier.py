@@ -19,7 +19,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
@@ -32,11 +33,15 @@ from orchestra.engine.courier_wire import (
     carry_message,
     message,
     server_message,
+    turns_message,
     unpack_answer,
     unpack_placed,
+    unpack_turns,
 )
-from orchestra.stores.carrying import Errand, NotCarriedError, Server
+from orchestra.engine.lanes import Lane
+from orchestra.stores.carrying import Errand, NotCarriedError, PlacingStore, Server
 from orchestra.stores.range_client import RangeAnswer
+from orchestra.stores.timeout import FLOOR_BYTES_PER_S
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +51,23 @@ _KEPT_S = 10.0
 _STARTS_MAX = 3
 # Without a sign of life for so long while errands wait, it is stopped or stuck, and is ended.
 _SILENT_S = 5.0
+# How often it is looked whether an errand is late, in parts of the time that one may take.
+_LOOK_RATIO = 0.25
 # All that Python and TLS look at there; none of it is a secret, and the mounts' secrets may be among the others.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "SSL_CERT_DIR", "GLIBC_TUNABLES")
+
+# Called with what became of an errand.
+Ended = Callable[[Placed | RangeAnswer | TimeoutError | NotCarriedError], None]
+
+
+@dataclass(slots=True)
+class _Sent:
+    """An errand that the courier has; it is given up at `until`."""
+
+    ended: Ended
+    lane: Lane
+    asked_at: float
+    until: float
 
 
 class Courier:
@@ -63,7 +83,7 @@ class Courier:
         self._link: _Link | None = None
         self._ready = asyncio.Event()
         self._is_closed = False
-        self.carried = 0  # errands done, since the start
+        self._carried = 0  # by processes that have ended
 
     @property
     def is_ready(self) -> bool:
@@ -95,17 +115,30 @@ class Courier:
         """Return when a process takes errands; only while it is held, and it may die at once."""
         await self._ready.wait()
 
-    def carrier(self, place: Place) -> PlaceCarrier:
-        """Return what a store is given to have one read's bytes put there."""
-        return PlaceCarrier(self, place)
+    def send(self, store: PlacingStore, place: Place, errand: Errand, ended: Ended) -> int:
+        """Have the bytes of one read of `store` put there, in one of its turns; only while it `is_ready`. Returns what
+        `take_back` and `hasten` want.
 
-    async def carry(self, place: Place, errand: Errand) -> Placed | RangeAnswer:
-        """See Carrier."""
-        if self._link is None:
-            raise NotCarriedError
-        outcome = await self._link.carry(place, errand)
-        self.carried += isinstance(outcome, Placed)
-        return outcome
+        `ended` is called once, later: with what was written, what the server said instead, TimeoutError for a server
+        (or a courier) that makes no progress, or NotCarriedError. It must not raise.
+        """
+        assert self._link is not None, "is_ready says so"
+        return self._link.carry(store, place, errand, ended)
+
+    def take_back(self, number: int) -> None:
+        """Have the errand given up; nothing more is said of it, and nothing of it stays."""
+        if self._link is not None:
+            self._link.take_back(number)
+
+    def hasten(self, number: int) -> None:
+        """Have the errand sent before all others, if it was not sent yet."""
+        if self._link is not None:
+            self._link.say(message(Kind.HASTEN, number))
+
+    @property
+    def carried(self) -> int:
+        """Errands done, since the start."""
+        return self._carried + (0 if self._link is None else self._link.carried)
 
     async def close(self) -> None:
         """End the process."""
@@ -164,6 +197,7 @@ class Courier:
                 self._ending = self._ending or loop.call_later(0 if self._is_closed else _KEPT_S, self._end)
             return await process.wait()
         finally:
+            self._carried = self.carried
             self._link = self._process = None
             self._ready.clear()
             with contextlib.suppress(ProcessLookupError):
@@ -178,25 +212,6 @@ class Courier:
                     _discard(entry.path)
 
 
-class PlaceCarrier:
-    """See stores.carrying.Carrier; `placed` says what was written."""
-
-    __slots__ = ("_courier", "_place", "placed")
-
-    def __init__(self, courier: Courier, place: Place) -> None:
-        self._courier = courier
-        self._place = place
-        self.placed = Placed()
-
-    async def carry(self, errand: Errand) -> RangeAnswer | None:
-        """See Carrier."""
-        outcome = await self._courier.carry(self._place, errand)
-        if isinstance(outcome, Placed):
-            self.placed = outcome
-            return None
-        return outcome
-
-
 class _Link(Conversation):
     """The connection to one courier, and the errands that it has."""
 
@@ -206,33 +221,43 @@ class _Link(Conversation):
         self._process = process
         self._ready = ready
         self._serial = itertools.count()
-        self._servers: dict[Server, int] = {}
-        self._errands: dict[int, asyncio.Future[Placed | RangeAnswer]] = {}
+        self._lanes: dict[tuple[PlacingStore, Server], tuple[int, Lane]] = {}
+        self._errands: dict[int, _Sent] = {}
+        self._looking: asyncio.TimerHandle | None = None
         self._heard_at = self._loop.time()
         self.is_ready = False
+        self.carried = 0
 
-    async def carry(self, place: Place, errand: Errand) -> Placed | RangeAnswer:
-        """Hand an errand over and wait for what came of it."""
-        if not self.is_ready:
-            raise NotCarriedError
-        index = self._servers.get(errand.server)
-        if index is None:
-            index = self._servers[errand.server] = len(self._servers)
-            self.say(server_message(index, errand.server))
+    def carry(self, store: PlacingStore, place: Place, errand: Errand, ended: Ended) -> int:
+        """See Courier.send."""
+        index, lane = self._lane(store, errand.server)
         number = next(self._serial)
-        waiting: asyncio.Future[Placed | RangeAnswer] = self._loop.create_future()
-        self._errands[number] = waiting
+        limit_s = errand.server.stall_timeout_s
+        now = self._loop.time()
+        # As long as a request may take; and as long again, because it may wait behind others.
+        until = now + 2 * (limit_s + errand.byte_range.length / FLOOR_BYTES_PER_S)
+        self._errands[number] = _Sent(ended, lane, now, until)
         self.say(carry_message(number, index, place, errand))
-        asked_at = self._loop.time()
-        try:
-            return await waiting
-        except asyncio.CancelledError:
-            if self._errands.pop(number, None) is not None:
-                self.say(message(Kind.CANCEL, number))
-                self._end_if_silent(asked_at)
-            elif waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                _discard_placed(waiting.result())
-            raise
+        lane.begin()
+        if self._looking is None:
+            self._looking = self._loop.call_later(limit_s * _LOOK_RATIO, self._look, limit_s)
+        return number
+
+    def take_back(self, number: int) -> None:
+        """See Courier."""
+        sent = self._errands.pop(number, None)
+        if sent is not None:
+            self.say(message(Kind.CANCEL, number))
+            sent.lane.end(1)
+
+    def _lane(self, store: PlacingStore, server: Server) -> tuple[int, Lane]:
+        known = self._lanes.get((store, server))
+        if known is None:
+            index = len(self._lanes)
+            known = (index, Lane(store, lambda kind, count: self.say(turns_message(kind, index, count))))
+            self._lanes[store, server] = known
+            self.say(server_message(index, server))
+        return known
 
     def close(self) -> None:
         """Take no more errands; those under way are over, and the process, be it stopped."""
@@ -242,12 +267,21 @@ class _Link(Conversation):
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
-    def _end_if_silent(self, asked_at: float) -> None:
-        """An errand was given up: not for want of a server, if nothing at all was heard meanwhile."""
-        if self._loop.time() - max(self._heard_at, asked_at) > _SILENT_S:
+    def _look(self, limit_s: float) -> None:
+        """Give up what is late. The courier itself notices a server that makes no progress; this is for one that
+        trickles, and for a courier that is stopped or stuck."""
+        self._looking = None
+        now = self._loop.time()
+        late = [(number, sent) for number, sent in self._errands.items() if sent.until <= now]
+        if late and now - max(self._heard_at, late[0][1].asked_at) > _SILENT_S:
             log.warning("the courier (pid %d) is silent and is ended", self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+        for number, sent in late:
+            self.take_back(number)
+            sent.ended(TimeoutError())
+        if self._errands:
+            self._looking = self._loop.call_later(limit_s * _LOOK_RATIO, self._look, limit_s)
 
     # -- called by the loop ----------------------------------------------------------------------------------------
 
@@ -255,37 +289,52 @@ class _Link(Conversation):
         """See asyncio.BaseProtocol: it has ended, or is to."""
         self.is_ready = False
         self._transport = None
+        if self._looking is not None:
+            self._looking.cancel()
         errands, self._errands = self._errands, {}
-        for waiting in errands.values():
-            if not waiting.done():
-                waiting.set_exception(NotCarriedError())
+        for _, lane in self._lanes.values():
+            lane.close()
+        for sent in errands.values():
+            sent.ended(NotCarriedError())
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         self._heard_at = self._loop.time()
+        lanes: list[Lane] = []
         for kind, number, body in self._messages.feed(data):
             if kind == Kind.READY:
                 self.is_ready = True
                 self._ready.set()
                 continue
-            waiting = self._errands.pop(number, None)
-            if waiting is None or waiting.done():  # given up meanwhile
+            if kind == Kind.RETURNED:
+                self._lane_at(number).returned(unpack_turns(body))
+                continue
+            sent = self._errands.pop(number, None)
+            if sent is None:  # given up meanwhile
                 if kind == Kind.PLACED:
                     _discard_placed(unpack_placed(body))
-            elif kind == Kind.PLACED:
-                waiting.set_result(unpack_placed(body))
+                continue
+            if kind == Kind.PLACED:
+                self.carried += 1
+                sent.ended(unpack_placed(body))
             elif kind == Kind.ANSWERED:
-                waiting.set_result(unpack_answer(body))
+                sent.ended(unpack_answer(body))
             elif kind == Kind.STALLED:
-                waiting.set_exception(TimeoutError())
+                sent.ended(TimeoutError())
             else:
-                waiting.set_exception(NotCarriedError())
+                sent.ended(NotCarriedError())
+            lanes.append(sent.lane)
+        for lane in set(lanes):
+            lane.end(lanes.count(lane))
+
+    def _lane_at(self, index: int) -> Lane:
+        return next(lane for at, lane in self._lanes.values() if at == index)
 
 
-def _discard_placed(outcome: Placed | RangeAnswer) -> None:
+def _discard_placed(placed: Placed) -> None:
     """Remove a small object that nobody waits for any more."""
-    if isinstance(outcome, Placed) and outcome.path:
-        _discard(outcome.path)
+    if placed.path:
+        _discard(placed.path)
 
 
 def _discard(path: str) -> None:

@@ -17,6 +17,9 @@ import signal
 import socket
 import ssl
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import crc32c
@@ -36,18 +39,32 @@ from orchestra.engine.courier_wire import (
     placed_message,
     server_of,
     setup_of,
+    turns_message,
     unpack_carry,
+    unpack_turns,
 )
 from orchestra.errors import OrchestraError
 from orchestra.stores.carrying import Errand, Server
 from orchestra.stores.range_answers import check_plain_answer
-from orchestra.stores.range_client import NotPlainError, RangeClient, ssl_context_of, ssl_setting_of
+from orchestra.stores.range_client import NotPlainError, RangeAnswer, RangeClient, ssl_context_of, ssl_setting_of
 from orchestra.stores.translate import Operation
 
 log = logging.getLogger(__name__)
 
 # As in the daemon (daemon/main.py): what is in flight need not be looked at for every few files.
 _NEW_OBJECTS_MAX = 10_000
+
+
+class _Lane:
+    """The errands of one store: those under way, and those that wait for one of its turns."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.client = _client_of(server)
+        self.turns = 0
+        self.shed = 0  # turns to give back as soon as nothing is under way in them
+        self.waiting: OrderedDict[int, tuple[Place, Errand]] = OrderedDict()
+        self.under_way: dict[int, Callable[[], object]] = {}  # and what takes each back
 
 
 class Carrying(Conversation):
@@ -58,8 +75,8 @@ class Carrying(Conversation):
         self._files: BlockFiles | None = None
         self._geometry = Geometry(4096, 4096)
         self._servers: dict[int, Server] = {}
-        self._clients: dict[int, RangeClient] = {}
-        self._errands: dict[int, asyncio.Task[None]] = {}
+        self._lanes: dict[int, _Lane] = {}
+        self._lane_of: dict[int, int] = {}  # of an errand
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -69,20 +86,31 @@ class Carrying(Conversation):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        called: set[int] = set()
         for kind, number, body in self._messages.feed(data):
             match kind:
                 case Kind.CARRY:
                     index, place, errand = unpack_carry(body, self._servers)
-                    task = self._loop.create_task(self._carry(number, self._clients[index], place, errand))
-                    self._errands[number] = task
+                    self._lanes[index].waiting[number] = (place, errand)
+                    self._lane_of[number] = index
+                    called.add(index)
+                case Kind.GRANT:
+                    self._lanes[number].turns += unpack_turns(body)
+                    called.add(number)
+                case Kind.SHED:
+                    self._lanes[number].shed += unpack_turns(body)
+                    called.add(number)
+                case Kind.HASTEN:
+                    self._hasten(number)
                 case Kind.CANCEL:
-                    if number in self._errands:
-                        self._errands[number].cancel()
+                    self._cancel(number)
                 case Kind.SERVER:
                     self._servers[number] = server = server_of(body)
-                    self._clients[number] = _client_of(server)
+                    self._lanes[number] = _Lane(server)
                 case Kind.SETUP:
                     self._set_up(setup_of(body))
+        for index in called:
+            self._go_on(index)
 
     def _set_up(self, setup: Setup) -> None:
         self._geometry = Geometry(setup.block_size_bytes, setup.extent_size_bytes)
@@ -90,25 +118,55 @@ class Carrying(Conversation):
         self._files = BlockFiles(layout, self._geometry, boot_id=bytes.fromhex(setup.boot_id), disk=LocalDisk())
         self.say(message(Kind.READY, 0))
 
-    async def _carry(self, number: int, client: RangeClient, place: Place, errand: Errand) -> None:
+    def _hasten(self, number: int) -> None:
+        index = self._lane_of.get(number)
+        if index is not None and number in self._lanes[index].waiting:
+            self._lanes[index].waiting.move_to_end(number, last=False)
+
+    def _cancel(self, number: int) -> None:
+        index = self._lane_of.pop(number, None)
+        if index is None:
+            return
+        lane = self._lanes[index]
+        if lane.waiting.pop(number, None) is None:
+            lane.under_way.pop(number)()
+            self._go_on(index)
+
+    def _go_on(self, index: int) -> None:
+        """Give back the turns that are wanted back, and send what there are turns for."""
+        lane = self._lanes[index]
+        returned = min(lane.shed, lane.turns - len(lane.under_way))
+        if returned > 0:
+            lane.turns -= returned
+            lane.shed -= returned
+            self.say(turns_message(Kind.RETURNED, index, returned))
+        while lane.waiting and len(lane.under_way) < lane.turns:
+            number, (place, errand) = lane.waiting.popitem(last=False)
+            ended = partial(self._ended, number, lane, place, errand)
+            lane.under_way[number] = lane.client.send_soon(errand.request, errand.byte_range, ended)
+
+    def _ended(
+        self, number: int, lane: _Lane, place: Place, errand: Errand, outcome: RangeAnswer | BaseException
+    ) -> None:
+        del lane.under_way[number]
+        self._go_on(self._lane_of.pop(number))  # first, so that the store works while we do
         try:
-            self.say(await self._outcome(number, client, place, errand))
-        except TimeoutError:
-            self.say(message(Kind.STALLED, number))
+            self.say(self._said(number, place, errand, outcome))
         except (NotPlainError, OSError, ssl.SSLError, OrchestraError):
             # The daemon tries itself then, and says what fails in its own words.
             self.say(message(Kind.FAILED, number))
-        except Exception:  # the task's outermost frame: an errand without an answer would be waited for
+        except Exception:  # the errand's outermost frame: one without an answer would be waited for
             log.exception("an errand failed for a reason that nobody thought of")
             self.say(message(Kind.FAILED, number))
-        finally:
-            del self._errands[number]
 
-    async def _outcome(self, number: int, client: RangeClient, place: Place, errand: Errand) -> bytes:
-        answer = await client.send(errand.request, errand.byte_range)
+    def _said(self, number: int, place: Place, errand: Errand, outcome: RangeAnswer | BaseException) -> bytes:
+        if isinstance(outcome, TimeoutError):
+            return message(Kind.STALLED, number)
+        if isinstance(outcome, BaseException):
+            raise outcome
         try:
             check_plain_answer(
-                answer,
+                outcome,
                 _OPERATION,
                 byte_range=errand.byte_range,
                 size_bytes=errand.size_bytes,
@@ -116,8 +174,8 @@ class Carrying(Conversation):
                 now_s=0.0,
             )
         except OrchestraError:
-            return answer_message(number, answer)
-        return placed_message(number, self._put(place, errand, answer.data))
+            return answer_message(number, outcome)
+        return placed_message(number, self._put(place, errand, outcome.data))
 
     def _put(self, place: Place, errand: Errand, data: memoryview) -> Placed:
         files, geometry = self._files, self._geometry

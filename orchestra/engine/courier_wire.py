@@ -1,8 +1,13 @@
 """What the daemon and its courier say to each other over their socket pair, and how.
 
-A message is its length, its kind, the errand's number, and a body. The daemon begins with SETUP, names each server once
-(SERVER), and then sends errands (CARRY) and takes them back (CANCEL); the courier begins with READY and answers each
-errand that was not taken back once: PLACED, ANSWERED (the server said something else), STALLED or FAILED.
+A message is its length, its kind, a number, and a body. The daemon begins with SETUP, names each lane's server once
+(SERVER), and then sends errands (CARRY), has one go first (HASTEN) and takes one back (CANCEL); the courier begins with
+READY and answers each errand that was not taken back once: PLACED, ANSWERED (the server said something else), STALLED
+or FAILED.
+
+An errand is sent when the courier has a turn of its lane for it: it gets them (GRANT), keeps them from one errand to
+the next, and gives them back (RETURNED) when it is asked to (SHED), as soon as it can. So the next request leaves when
+an answer is here, without the daemon, and never are there more in flight than turns that the daemon holds.
 
 Owns: these bytes. Both ends are of one installation and live no longer than a daemon, so there is no version of it.
 """
@@ -26,7 +31,7 @@ from orchestra.values import ByteRange
 
 _HEAD = struct.Struct("<IBQ")  # length of what follows the length, kind, number
 _LENGTH = struct.Struct("<I")
-_CARRY = struct.Struct("<HIQQQQ32sH")  # server, block, inode, start, stop, size, digest, length of the version
+_CARRY = struct.Struct("<HIQQQQ32sH")  # lane, block, inode, start, stop, size, digest, length of the version
 _ANSWER = struct.Struct("<HI")  # status, length of the headers
 # Of an answer that is handed on: an error's document, or a body so short that its length is what is wrong.
 ANSWER_BYTES_MAX = 64 * 1024
@@ -44,6 +49,10 @@ class Kind(IntEnum):
     ANSWERED = 7
     STALLED = 8
     FAILED = 9
+    GRANT = 10
+    SHED = 11
+    RETURNED = 12
+    HASTEN = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Setup:
         return message(Kind.SETUP, 0, json.dumps(asdict(self)).encode())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Where the bytes go: a block of an object; `inode` is that of its extent's file, 0 for a small object."""
 
@@ -74,17 +83,28 @@ def message(kind: Kind, number: int, body: bytes = b"") -> bytes:
     return _HEAD.pack(_HEAD.size - _LENGTH.size + len(body), kind, number) + body
 
 
-def server_message(index: int, server: Server) -> bytes:
-    """Name a server by a number."""
-    return message(Kind.SERVER, index, json.dumps(asdict(server)).encode())
+def server_message(lane: int, server: Server) -> bytes:
+    """Say where the errands of a lane go."""
+    return message(Kind.SERVER, lane, json.dumps(asdict(server)).encode())
 
 
-def carry_message(number: int, server_index: int, place: Place, errand: Errand) -> bytes:
+def turns_message(kind: Kind, lane: int, count: int) -> bytes:
+    """GRANT, SHED or RETURNED."""
+    return message(kind, lane, _LENGTH.pack(count))
+
+
+def unpack_turns(body: bytes) -> int:
+    """Return the count."""
+    count: int = _LENGTH.unpack(body)[0]
+    return count
+
+
+def carry_message(number: int, lane: int, place: Place, errand: Errand) -> bytes:
     """Ask for an errand."""
     version = errand.version.encode("utf-8", "surrogateescape")
     span = errand.byte_range
     fixed = _CARRY.pack(
-        server_index,
+        lane,
         place.block,
         place.inode,
         span.start,
@@ -98,12 +118,12 @@ def carry_message(number: int, server_index: int, place: Place, errand: Errand) 
 
 
 def unpack_carry(body: bytes, servers: dict[int, Server]) -> tuple[int, Place, Errand]:
-    """Return the server's number, the place and the errand."""
-    index, block, inode, start, stop, size, digest, version_length = _CARRY.unpack_from(body)
+    """Return the lane's number, the place and the errand."""
+    lane, block, inode, start, stop, size, digest, version_length = _CARRY.unpack_from(body)
     request_at = _CARRY.size + version_length
     version = body[_CARRY.size : request_at].decode("utf-8", "surrogateescape")
-    errand = Errand(servers[index], body[request_at:], ByteRange(start, stop), size, version)
-    return index, Place(digest.decode(), block, inode), errand
+    errand = Errand(servers[lane], body[request_at:], ByteRange(start, stop), size, version)
+    return lane, Place(digest.decode(), block, inode), errand
 
 
 def placed_message(number: int, placed: Placed) -> bytes:

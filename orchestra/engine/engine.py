@@ -41,7 +41,6 @@ from orchestra.metadata.records import Record, RecordEntry
 from orchestra.namespace.mounts import Location, MountTable
 from orchestra.namespace.paths import normalize_path
 from orchestra.observe.stalls import Marks
-from orchestra.stores.carrying import NotCarriedError
 from orchestra.stores.contract import Buffer
 from orchestra.values import ByteRange, EntryKind, ObjectId, ObjectInfo
 
@@ -105,7 +104,7 @@ class Sharing(Protocol):
         """As Fetcher.part, from the blocks' owners or the store; `is_kept` on this node, once they are here."""
         ...
 
-    def hasten(self, task: asyncio.Task[bool], priority: Priority) -> None:
+    def hasten(self, flight: asyncio.Future[bool], priority: Priority) -> None:
         """As Fetcher.hasten."""
         ...
 
@@ -141,8 +140,8 @@ class Engine:
         self.fetcher = fetcher
         self.geometry = geometry
         self.writers = writers
-        # The one task that brings a block, by (digest, block index).
-        self._flights: dict[tuple[str, int], asyncio.Task[bool]] = {}
+        # What brings a block, one at a time, by (digest, block index).
+        self._flights: dict[tuple[str, int], asyncio.Future[bool]] = {}
         # Since when a reader waits for a flight; the others nobody waits for.
         self._wanted_ns: dict[asyncio.Future[bool], int] = {}
         self._is_closed = False
@@ -240,10 +239,14 @@ class Engine:
 
         Who asks must not cancel the future: others may wait for the same fetch.
         """
+        if self._holds_any(wanted.digest, wanted, self.geometry.blocks_of(wanted.byte_range)):
+            return asyncio.ensure_future(self.ensure(wanted, priority))  # files may have to be looked at
+        return self.fetch_soon(wanted, priority)
+
+    def fetch_soon(self, wanted: Wanted, priority: Priority) -> bool | asyncio.Future[bool]:
+        """`ensure_soon`, of bytes of which nothing is here (`holds_some` says so)."""
         digest = wanted.digest
         touched = self.geometry.blocks_of(wanted.byte_range)
-        if self._holds_any(digest, wanted, touched):
-            return asyncio.ensure_future(self.ensure(wanted, priority))  # files may have to be looked at
         self.statistics.ensures += 1
         self._tell_of_miss(wanted, priority)
         if not touched:
@@ -392,27 +395,41 @@ class Engine:
             else:
                 self.statistics.blocks_joined += 1
                 if flight not in flights:
-                    self.fetcher.hasten(flight, priority)
-                    if self.sharing is not None:
-                        self.sharing.hasten(flight, priority)
+                    self._hasten(flight, priority)
                 flights.add(flight)
         parts: Iterable[range] = plan_parts(absent, block_size_bytes=self.geometry.block_size_bytes)
         if self.sharing is not None:
             parts = self.sharing.cut(parts)
         for part in parts:
             marks = Marks()
-            task = asyncio.create_task(self._fetch_part(digest, wanted, part, priority, marks))
+            flight = self._start(digest, wanted, part, priority, marks)
             for block in part:
-                self._flights[(digest, block)] = task
-            task.add_done_callback(partial(self._land, wanted, part, marks))
-            flights.add(task)
+                self._flights[(digest, block)] = flight
+            flight.add_done_callback(partial(self._land, wanted, part, marks))
+            flights.add(flight)
         if priority is Priority.DEMAND and not wanted.is_for_peer:
             now_ns = self.stalls.now_ns()
             for waited in flights:
                 self._wanted_ns.setdefault(waited, now_ns)
         return flights
 
-    def _land(self, wanted: Wanted, part: range, marks: Marks, task: asyncio.Task[bool]) -> None:
+    def _start(
+        self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: Marks
+    ) -> asyncio.Future[bool]:
+        bring = partial(self._fetch_part, digest, wanted, part, priority, marks)
+        if self.carried is None or self.sharing is not None or not self.carried.takes(wanted, part, priority):
+            return asyncio.create_task(bring())
+        span = self.geometry.block_range(wanted.info.size_bytes, part.start)
+        return self.carried.start(wanted, part.start, span, marks, bring)
+
+    def _hasten(self, flight: asyncio.Future[bool], priority: Priority) -> None:
+        if self.carried is not None and self.carried.hasten(flight, priority):
+            return
+        self.fetcher.hasten(flight, priority)
+        if self.sharing is not None:
+            self.sharing.hasten(flight, priority)
+
+    def _land(self, wanted: Wanted, part: range, marks: Marks, task: asyncio.Future[bool]) -> None:
         for block in part:
             self._flights.pop((wanted.digest, block), None)
         wanted_ns = self._wanted_ns.pop(task, None)
@@ -429,14 +446,6 @@ class Engine:
         span = self.geometry.block_range(size, part.start)
         if len(part) > 1:
             span = ByteRange(span.start, self.geometry.block_range(size, part.stop - 1).stop)
-        if self.carried is not None and self.sharing is None and self.carried.takes(wanted, part, priority):
-            try:
-                await self.carried.bring(wanted, part.start, span, priority, marks)
-            except NotCarriedError:
-                del marks[1:]
-            else:
-                self.statistics.blocks_fetched += 1
-                return True
         if self.sharing is None:
             brought: Bringing = self.fetcher.part(wanted.mount.store, wanted.info, span, priority, marks)
         else:
@@ -481,4 +490,6 @@ class Engine:
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
+        if self.carried is not None:
+            await self.carried.close()
         await self._catalog.close()

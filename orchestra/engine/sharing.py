@@ -105,6 +105,6 @@ class ClusterSharing:
         )
         return self._shared.part(part, priority, marks)
 
-    def hasten(self, task: asyncio.Task[bool], priority: Priority) -> None:
+    def hasten(self, flight: asyncio.Future[bool], priority: Priority) -> None:
         """See engine.Sharing."""
-        self._shared.between.hasten(task, priority)
+        self._shared.between.hasten(flight, priority)

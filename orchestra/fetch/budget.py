@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 
 class Priority(IntEnum):
@@ -30,8 +30,8 @@ class _Waiter:
     priority: int
     serial: int
     size_bytes: int = field(compare=False)
-    granted: asyncio.Future[None] = field(compare=False)
-    task: asyncio.Task[Any] | None = field(compare=False)
+    granted: Callable[[], bool] = field(compare=False)
+    who: object = field(compare=False)
 
 
 class ByteBudget:
@@ -58,23 +58,40 @@ class ByteBudget:
 
     async def acquire(self, size_bytes: int, priority: Priority) -> None:
         """Return when `size_bytes` are granted; the caller gives them back with `release`."""
-        if self._fits(size_bytes, priority) and not (self._waiters and self._waiters[0].priority <= priority):
+        if self._is_free(size_bytes, priority):
             self._grant(size_bytes)
             return
-        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        grant: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def granted() -> bool:
+            if not grant.done():
+                grant.set_result(None)
+                return True
+            return False
+
         waiter = _Waiter(priority, next(self._serial), size_bytes, granted, asyncio.current_task())
         heapq.heappush(self._waiters, waiter)
         self._wake()
         try:
-            await waiter.granted
+            await grant
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 heapq.heapify(self._waiters)
-            elif waiter.granted.done() and not waiter.granted.cancelled():
+            elif grant.done() and not grant.cancelled():
                 self.release(size_bytes)  # granted and cancelled at the same moment
             self._wake()
             raise
+
+    def take(self, who: object, size_bytes: int, priority: Priority, granted: Callable[[], bool]) -> None:
+        """`acquire` without a task: call `granted` when they are granted; if it says no, they are not taken."""
+        if self._is_free(size_bytes, priority):
+            self._grant(size_bytes)
+            if not granted():
+                self.release(size_bytes)
+            return
+        heapq.heappush(self._waiters, _Waiter(priority, next(self._serial), size_bytes, granted, who))
+        self._wake()
 
     def release(self, size_bytes: int) -> None:
         """Give back what `acquire` granted."""
@@ -82,15 +99,19 @@ class ByteBudget:
         assert self._used >= 0, "more was released than acquired"
         self._wake()
 
-    def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
-        """If `task` waits for a grant less urgently than that, let it wait as urgently: somebody demands what was only
-        to be read ahead. (It keeps its serial, and so goes before younger demands.)"""
+    def hasten(self, who: object, priority: Priority) -> None:
+        """If that task, or whoever takes under that name, waits for a grant less urgently than that, let it wait as
+        urgently: somebody demands what was only to be read ahead. (It keeps its serial, and so goes before younger
+        demands.)"""
         for waiter in self._waiters:
-            if waiter.task is task and waiter.priority > priority:
+            if waiter.who is who and waiter.priority > priority:
                 waiter.priority = priority
                 heapq.heapify(self._waiters)
                 self._wake()
                 return
+
+    def _is_free(self, size_bytes: int, priority: Priority) -> bool:
+        return self._fits(size_bytes, priority) and not (self._waiters and self._waiters[0].priority <= priority)
 
     def _fits(self, size_bytes: int, priority: int) -> bool:
         limit = self._limit if priority < Priority.PLAN else self._limit_ahead
@@ -103,6 +124,6 @@ class ByteBudget:
     def _wake(self) -> None:
         while self._waiters and self._fits(self._waiters[0].size_bytes, self._waiters[0].priority):
             waiter = heapq.heappop(self._waiters)
-            if not waiter.granted.done():
-                self._grant(waiter.size_bytes)
-                waiter.granted.set_result(None)
+            self._grant(waiter.size_bytes)
+            if not waiter.granted():
+                self._used -= waiter.size_bytes

@@ -4,20 +4,17 @@ wrappers; which blocks to ask for is the engine's choice."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from orchestra.errors import StoreUnavailableError
 from orchestra.fetch.budget import ByteBudget, Priority
 from orchestra.fetch.demand import DemandMeter
 from orchestra.observe.stalls import StallTable
-from orchestra.stores.carrying import Carrier, NotCarriedError, PlacingStore
 from orchestra.stores.contract import Buffer
 from orchestra.stores.limit import PATIENT_URGENCY, URGENCY, hasten
 from orchestra.values import ByteRange, ObjectInfo
-
-Got = TypeVar("Got")
 
 
 @dataclass(slots=True)
@@ -57,10 +54,12 @@ class Fetcher:
         self._asking = 0
         self._asking_since_ns = 0
 
-    def hasten(self, task: asyncio.Task[Any], priority: Priority) -> None:
-        """Have the part that `task` is about to fetch come as early as that priority says."""
-        self._budget.hasten(task, priority)
-        hasten(task, priority)
+    def hasten(self, who: object, priority: Priority) -> None:
+        """Have the part that a task (or who took under that name) is about to fetch come as early as that priority
+        says."""
+        self._budget.hasten(who, priority)
+        if isinstance(who, asyncio.Task):
+            hasten(who, priority)
 
     def part(
         self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
@@ -76,71 +75,55 @@ class Fetcher:
         self, store: ReadsRanges, info: ObjectInfo, byte_range: ByteRange, priority: Priority, marks: list[int]
     ) -> Buffer:
         """What `part` does on entry; the caller gives the bytes back to the budget with `release`."""
-
-        async def whole() -> Buffer:
+        await self._budget.acquire(byte_range.length, priority)
+        self.begin(marks)
+        URGENCY.set(priority)
+        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
+        if demand is not None:
+            demand.begin(byte_range.length, marks[-1])
+        is_whole = False
+        try:
             data = await store.read(info, byte_range)
             if len(data) != byte_range.length:
                 raise StoreUnavailableError(
                     f"{store.store_id}: asked for {byte_range.length} bytes of {info.key!r}, got {len(data)}"
                 )
-            return data
-
-        return await self._asked(whole, byte_range, priority, marks)
-
-    async def place(
-        self,
-        store: PlacingStore,
-        info: ObjectInfo,
-        byte_range: ByteRange,
-        priority: Priority,
-        marks: list[int],
-        carrier: Carrier,
-    ) -> None:
-        """As `read`, with the bytes where `carrier` puts them. Also raises NotCarriedError."""
-        await self._asked(lambda: store.place(info, byte_range, carrier), byte_range, priority, marks)
-
-    async def _asked(
-        self, ask: Callable[[], Awaitable[Got]], byte_range: ByteRange, priority: Priority, marks: list[int]
-    ) -> Got:
-        """Ask when the budget lets it. What fails is given back to it, and what was not sent was no request."""
-        await self._budget.acquire(byte_range.length, priority)
-        marks.append(self._begin_asking())
-        self.statistics.requests += 1
-        URGENCY.set(priority)
-        demand = self.demand if priority < Priority.PLAN else None  # readers, and what is read ahead in their files
-        if demand is not None:
-            demand.begin(byte_range.length, marks[-1])
-        try:
-            got = await ask()
-        except BaseException as error:
-            if isinstance(error, NotCarriedError):
-                self.statistics.requests -= 1
-            else:
-                self.statistics.failures += 1
+            is_whole = True
+        except BaseException:
             self.release(byte_range.length)
             raise
         finally:
-            marks.append(self._end_asking())
+            self.end(marks, byte_range.length, is_whole=is_whole)
             if demand is not None:
                 demand.end(byte_range.length, marks[-1])
         if demand is not None:
             demand.answered(marks[-1] - marks[-2], byte_range.length)
-        self.statistics.bytes_fetched += byte_range.length
-        return got
+        return data
 
-    def _begin_asking(self) -> int:
+    def take(self, who: object, size_bytes: int, priority: Priority, granted: Callable[[], bool]) -> None:
+        """See ByteBudget.take: for who asks in another way, between `begin` and `end`."""
+        self._budget.take(who, size_bytes, priority, granted)
+
+    def begin(self, marks: list[int]) -> None:
+        """Something is asked for; `marks` gets the time."""
         now_ns = self.stalls.now_ns()
         if not self._asking:
             self._asking_since_ns = now_ns
         self._asking += 1
-        return now_ns
+        self.statistics.requests += 1
+        marks.append(now_ns)
 
-    def _end_asking(self) -> int:
+    def end(self, marks: list[int], size_bytes: int, *, is_whole: bool) -> None:
+        """So many bytes came, all of them or none; `marks` gets the time."""
         now_ns = self.stalls.now_ns()
         self._asking -= 1
         if not self._asking:
             self.statistics.busy_ns += now_ns - self._asking_since_ns
-        return now_ns
+        if is_whole:
+            self.statistics.bytes_fetched += size_bytes
+        else:
+            self.statistics.failures += 1
+        marks.append(now_ns)
 
     def release(self, size_bytes: int) -> None:
         """Give back what `read` took of the budget."""

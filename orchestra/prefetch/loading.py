@@ -3,17 +3,19 @@
 Owns: how many pieces are in flight, what becomes of a file whose piece fails, when to stop because the cache is full.
 Leaves to others: which files (tree), bytes and their place (engine), what is told to whom (jobs, dataset).
 
-A piece is one request. Files wait in one queue that is refilled page by page, and each worker takes the next piece: no
-task and no lock of a file's own, as a file of 50 kB costs the daemon little more than those would.
+A piece is one request. Files wait in one queue that is refilled page by page; when a piece has ended, the next is
+begun. Only what has to wait before it is asked for (for a pace, for a look at files) has a task of its own: a file of
+50 kB costs the daemon little more than one would.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from orchestra.blocks.geometry import Geometry
@@ -66,6 +68,9 @@ class _Loading:
         return replace(whole, byte_range=ByteRange(start, min(stop, start + step_bytes))), self.next_start >= stop
 
 
+_Landing = tuple[_Loading, Wanted, asyncio.Future[bool | OrchestraError]]
+
+
 class Loader:
     """One load. One event loop; `run` once."""
 
@@ -104,6 +109,9 @@ class Loader:
         self._clock = clock
         self.is_full = False
         self._is_ending = False
+        self._is_fed = False  # no page is to come
+        self._landed: list[_Landing] = []
+        self._woken = asyncio.Event()
 
     async def run(self, pages: AsyncGenerator[Page, None]) -> bool:
         """Load all files of `pages`; False if the cache was full before the end. Raises what `pages` raises.
@@ -113,18 +121,17 @@ class Loader:
         URGENCY.set(self.priority)  # of the listings, and of all that is started here
         try:
             async with aclosing(pages), asyncio.TaskGroup() as self._tasks:
+                bringing = self._tasks.create_task(self._bring_all())
                 async for page in pages:
                     if not self._is_ending:
                         await self._take(page)
                     if self.is_full or self._is_ending:
                         break
-                while self._waiting and not self.is_full:  # with a limit of nothing no task is there to wait for
-                    self._is_low.clear()
-                    await self._is_low.wait()
+                self._is_fed = True
+                self._woken.set()
+                await bringing
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from group
-        finally:
-            self._tasks = None
         return not self.is_full
 
     def end_early(self) -> None:
@@ -132,11 +139,13 @@ class Loader:
         self._is_ending = True
         self._waiting.clear()
         self._is_low.set()
+        self._woken.set()
 
     def set_limit(self, limit: int) -> None:
         """Have so many pieces in flight from now on; those under way end by themselves."""
         self.limit = limit
-        self._start_workers()
+        self._is_low.set()
+        self._woken.set()
 
     def take_answers(self) -> list[tuple[int, int]]:
         """Return how long each piece took that was fetched since the last call, in nanoseconds, and its bytes."""
@@ -150,7 +159,7 @@ class Loader:
             self._observer.on_failed(page.path, page.error)
         for file in page.files:
             self._add(file, tries=1)
-        self._start_workers()
+        self._woken.set()
         # A page is more than a window: with less than that left, the next page is on its way in time.
         while len(self._waiting) > self.limit and not self.is_full:
             self._is_low.clear()
@@ -163,74 +172,98 @@ class Loader:
         else:
             self._observer.on_done(file)
 
-    def _start_workers(self) -> None:
-        if self._tasks is None or not self._waiting:
-            return
-        while self._running < self.limit:
-            self._running += 1
-            self._tasks.create_task(self._work())
-        self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
-
     # -- emptying it -----------------------------------------------------------------------------------------------
 
-    async def _work(self) -> None:
-        waiting = self._waiting
+    async def _bring_all(self) -> None:
         try:
-            while waiting and self._running <= self.limit and not self.is_full:
-                loading = waiting[0]
-                wanted, is_last = loading.cut(self._piece_bytes)
-                if is_last or loading.is_over:
-                    waiting.popleft()
-                    if len(waiting) <= self.limit:
-                        self._is_low.set()
-                if not loading.is_over:
-                    await self._bring(loading, wanted)
+            while True:
+                self._settle()
+                self._begin_pieces()
+                is_last = self.is_full or self._is_ending or (self._is_fed and not self._waiting)
+                if is_last and not self._running:
+                    return
+                await self._woken.wait()
+                self._woken.clear()
         finally:
-            self._running -= 1
-            self._is_low.set()
+            self.end_early()  # nobody waits for what is not going on
 
-    async def _bring(self, loading: _Loading, wanted: Wanted) -> None:
-        try:
-            if self._pace is not None and self._engine.lacks(wanted):  # what is here takes nothing of the link
-                await asyncio.sleep(self._pace.wait_s(wanted.byte_range.length))
-            if not self._has_room(wanted.byte_range.length):
-                self.is_full = True
-                return
-            if not await self._ensure(wanted):
-                self.is_full = True
-                return
-        except StaleObjectError as error:
-            await self._load_next_version(loading, error)
-            return
-        except OrchestraError as error:
-            self._fail(loading, error)
-            return
-        self.bytes_done += wanted.byte_range.length
-        loading.pieces_left -= 1
-        if not loading.pieces_left and not loading.is_over:
-            loading.is_over = True
-            self._observer.on_done(loading.file)
+    def _begin_pieces(self) -> None:
+        """Begin as many as may be under way."""
+        waiting = self._waiting
+        while waiting and self._running < self.limit and not self.is_full:
+            loading = waiting[0]
+            wanted, is_last = loading.cut(self._piece_bytes)
+            if is_last or loading.is_over:
+                waiting.popleft()
+                if len(waiting) <= self.limit:
+                    self._is_low.set()
+            if not loading.is_over:
+                self._begin(loading, wanted)
+        self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
 
-    async def _ensure(self, wanted: Wanted) -> bool:
-        size_bytes, begun_ns = wanted.byte_range.length, 0
-        soon: Awaitable[bool]
-        if self._engine.holds_some(wanted):
-            soon = self._engine.ensure(wanted, self.priority)  # ends with us, also while it looks at files
+    def _begin(self, loading: _Loading, wanted: Wanted) -> None:
+        flight: bool | asyncio.Future[bool] | asyncio.Task[bool | OrchestraError]
+        begun_ns = 0
+        if self._pace is not None or self._engine.holds_some(wanted):
+            assert self._tasks is not None, "pieces are begun while it runs"
+            flight = self._tasks.create_task(self._bring(wanted))
+        elif not self._has_room(wanted.byte_range.length):
+            flight = False
         else:
             if not self._engine.is_coming(wanted):
                 begun_ns = self._clock.now_ns()  # else the time says when a reader asked
-            flight = self._engine.ensure_soon(wanted, self.priority)
-            if isinstance(flight, bool):
-                return flight
-            soon = asyncio.shield(flight)  # others may wait for the same fetch
-        self.bytes_in_flight += size_bytes
+            flight = self._engine.fetch_soon(wanted, self.priority)
+        if isinstance(flight, bool):
+            self._take_end(loading, wanted, flight)
+            return
+        self._running += 1
+        self.bytes_in_flight += wanted.byte_range.length
+        flight.add_done_callback(partial(self._land, loading, wanted, begun_ns))
+
+    def _land(
+        self, loading: _Loading, wanted: Wanted, begun_ns: int, flight: asyncio.Future[bool | OrchestraError]
+    ) -> None:
+        self._running -= 1
+        self.bytes_in_flight -= wanted.byte_range.length
+        if begun_ns and len(self._answers) < ANSWERS_MAX and not flight.cancelled() and flight.exception() is None:
+            self._answers.append((self._clock.now_ns() - begun_ns, wanted.byte_range.length))
+        self._landed.append((loading, wanted, flight))
+        self._woken.set()
+
+    def _settle(self) -> None:
+        """See what became of the pieces that have landed. Raises what is no error of a file's."""
+        landed, self._landed = self._landed, []
+        for loading, wanted, flight in landed:
+            error = None if flight.cancelled() else flight.exception()
+            self._take_end(loading, wanted, error if isinstance(error, OrchestraError) else flight.result())
+
+    def _take_end(self, loading: _Loading, wanted: Wanted, end: bool | OrchestraError) -> None:
+        if isinstance(end, StaleObjectError):
+            assert self._tasks is not None, "pieces end while it runs"
+            self._running += 1
+            self._tasks.create_task(self._load_next_version(loading, end))
+        elif isinstance(end, OrchestraError):
+            self._fail(loading, end)
+        elif not end:
+            self.is_full = True
+            self._is_low.set()
+        else:
+            self.bytes_done += wanted.byte_range.length
+            loading.pieces_left -= 1
+            if not loading.pieces_left and not loading.is_over:
+                loading.is_over = True
+                self._observer.on_done(loading.file)
+
+    async def _bring(self, wanted: Wanted) -> bool | OrchestraError:
+        """A piece that has to wait, or be looked for, before it is asked for."""
+        size_bytes = wanted.byte_range.length
         try:
-            is_kept = await soon
-        finally:
-            self.bytes_in_flight -= size_bytes
-        if begun_ns and len(self._answers) < ANSWERS_MAX:
-            self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
-        return is_kept
+            if self._pace is not None and self._engine.lacks(wanted):  # what is here takes nothing of the link
+                await asyncio.sleep(self._pace.wait_s(size_bytes))
+            # Ends with us, also while it looks at files; what it has begun to fetch goes on.
+            return self._has_room(size_bytes) and await self._engine.ensure(wanted, self.priority)
+        except OrchestraError as error:
+            return error
 
     def _fail(self, loading: _Loading, error: OrchestraError) -> None:
         if not loading.is_over:
@@ -239,14 +272,14 @@ class Loader:
 
     async def _load_next_version(self, loading: _Loading, error: StaleObjectError) -> None:
         """The file was replaced since it was listed: load what is there now."""
-        if loading.is_over:
-            return
-        if loading.tries >= _VERSIONS_MAX:
-            self._fail(loading, error)
-            return
-        loading.is_over = True
         path = loading.file.path
         try:
+            if loading.is_over:
+                return
+            if loading.tries >= _VERSIONS_MAX:
+                self._fail(loading, error)
+                return
+            loading.is_over = True
             entry = await self._engine.stat(path, refresh=True)
             if entry.kind is not EntryKind.FILE:
                 raise NotFoundError(f"{path} was replaced by a folder while it was loaded")
@@ -254,4 +287,6 @@ class Loader:
                 self._add(file, tries=loading.tries + 1)
         except OrchestraError as gone:
             self._observer.on_failed(path, gone)
-        self._start_workers()
+        finally:
+            self._running -= 1
+            self._woken.set()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
 from orchestra.errors import NotFoundError, OrchestraError
-from orchestra.stores.carrying import Carrier, NotCarriedError, as_placing
+from orchestra.stores.carrying import Errand, NotCarriedError, Outcome, PlacesThrough
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.pages import PagesThrough
 from orchestra.values import ByteRange, ObjectInfo
@@ -55,12 +55,12 @@ def statistics_of(store: UnderStore) -> StoreStatistics:
     return store.statistics() if isinstance(store, HasStatistics) else StoreStatistics()
 
 
-class CountingStore:
+class CountingStore(PlacesThrough):
     """Forwards everything and counts it."""
 
     def __init__(self, inner: UnderStore) -> None:
+        super().__init__(inner)
         self._inner = inner
-        self._placing = as_placing(inner)
         self._requests = {"head": 0, "list": 0, "read": 0, "probe": 0}
         self._read_bytes = 0
         self._errors = 0
@@ -69,10 +69,6 @@ class CountingStore:
     @property
     def store_id(self) -> str:
         return self._inner.store_id
-
-    @property
-    def can_place(self) -> bool:
-        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the counts as they are now."""
@@ -101,7 +97,7 @@ class CountingStore:
         except asyncio.CancelledError:
             self._abandoned += 1
             raise
-        except (StopAsyncIteration, NotCarriedError):  # the end of a listing was no request, nor what was not sent
+        except StopAsyncIteration:  # the end of a listing was no request
             self._requests[kind] -= 1
             raise
 
@@ -116,11 +112,21 @@ class CountingStore:
         self._read_bytes += len(data)
         return data
 
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
-        assert self._placing is not None, "can_place says so"
-        placing = self._placing
-        await self._counted("read", lambda: placing.place(info, byte_range, carrier))
-        self._read_bytes += byte_range.length
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
+        errand = self.placing.errand(info, byte_range)
+        self._requests["read"] += errand is not None
+        return errand
+
+    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
+        try:
+            self.placing.conclude(errand, info, outcome)
+        except OrchestraError as error:
+            self._errors += not isinstance(error, NotFoundError)
+            raise
+        except (asyncio.CancelledError, NotCarriedError):
+            self._abandoned += 1
+            raise
+        self._read_bytes += errand.byte_range.length
 
     async def probe(self) -> None:
         await self._counted("probe", self._inner.probe)

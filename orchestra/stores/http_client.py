@@ -23,7 +23,7 @@ from yarl import URL
 
 from orchestra.clock import Clock
 from orchestra.errors import ConfigError, OrchestraError, StoreError, StoreUnavailableError
-from orchestra.stores.carrying import Carrier, Errand, NotCarriedError, Server
+from orchestra.stores.carrying import Errand, NotCarriedError, Outcome, Server
 from orchestra.stores.contract import Buffer
 from orchestra.stores.range_answers import check_encoding, check_plain_answer, check_range_answer, version_of_headers
 from orchestra.stores.range_client import (
@@ -174,29 +174,26 @@ class HttpClient:
             raise unavailable(operation, f"the body ended after {len(data)} of {skip + byte_range.length} bytes")
         return data[skip:] if skip else data
 
-    async def place_range(
-        self,
-        url: str,
-        headers: Mapping[str, str],
-        operation: Operation,
-        carrier: Carrier,
-        *,
-        byte_range: ByteRange,
-        size_bytes: int,
-        version: str,
-    ) -> None:
-        """As `fetch_range`, with the bytes where `carrier` puts them. Also raises NotCarriedError."""
+    def errand(
+        self, url: str, headers: Mapping[str, str], *, byte_range: ByteRange, size_bytes: int, version: str
+    ) -> Errand | None:
+        """Return what `fetch_range` would send, for another process to send; None if it would go another way."""
         base, target = _split(url)
         if not self._is_plain or self._range_client(base) is None:
-            raise NotCarriedError
-        errand = Errand(self._server(base), request_of(target, headers), byte_range, size_bytes, version)
-        try:
-            answer = await carrier.carry(errand)
-        except TimeoutError as error:
-            raise _translated(error, operation, self._settings) from error
-        if answer is not None:
-            self._checked(answer, operation, byte_range=byte_range, size_bytes=size_bytes, version=version)
+            return None
+        return Errand(self._server(base), request_of(target, headers), byte_range, size_bytes, version)
+
+    def conclude(self, errand: Errand, operation: Operation, outcome: Outcome) -> None:
+        """Return if the bytes are in their place; else raise what `fetch_range` would, or what became of it."""
+        if outcome is None:
+            return
+        if isinstance(outcome, TimeoutError):
+            raise _translated(outcome, operation, self._settings) from outcome
+        if isinstance(outcome, RangeAnswer):
+            asked = errand.byte_range
+            self._checked(outcome, operation, byte_range=asked, size_bytes=errand.size_bytes, version=errand.version)
             raise NotCarriedError  # the answer is right, and its bytes did not find their place
+        raise outcome
 
     def _server(self, base: str) -> Server:
         server = self._servers.get(base)

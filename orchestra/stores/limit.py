@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-from orchestra.stores.carrying import Carrier, as_placing
+from orchestra.stores.carrying import Errand, Outcome, PlacesThrough
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.pages import PagesThrough
@@ -24,7 +24,7 @@ from orchestra.stores.translate import ThrottledError
 from orchestra.values import ByteRange, ObjectInfo
 
 Answer = TypeVar("Answer")
-_Waiter = tuple[int, int, asyncio.Future[None], asyncio.Task[Any]]  # urgency, age, turn, who
+_Waiter = tuple[int, int, Callable[[], bool], object]  # urgency, age, called when its turn is there, who
 
 # How urgent the requests of the running task are; lower numbers go first. A context variable: the wrappers between the
 # one who knows and the window need not.
@@ -69,13 +69,20 @@ class RequestWindow:
 
     async def acquire(self, urgency: int = 0) -> int:
         """Wait for a turn; returns the ticket that `release` wants back. Cancelling gives the turn to the next."""
-        if self.in_flight < self._limit_for(urgency) and not (self._waiters and self._waiters[0][0] <= urgency):
+        if self._is_free(urgency):
             self.in_flight += 1
             return self._cuts
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = asyncio.current_task()
         assert task is not None, "only tasks wait"
-        heapq.heappush(self._waiters, (urgency, next(self._serial), turn, task))
+
+        def granted() -> bool:
+            if not turn.done():
+                turn.set_result(None)
+                return True
+            return False
+
+        heapq.heappush(self._waiters, (urgency, next(self._serial), granted, task))
         _WAITING[task] = self
         try:
             await turn
@@ -84,12 +91,34 @@ class RequestWindow:
                 self.in_flight -= 1
                 self._wake()
             else:
-                self._waiters = [waiter for waiter in self._waiters if waiter[2] is not turn]
+                self._waiters = [waiter for waiter in self._waiters if waiter[2] is not granted]
                 heapq.heapify(self._waiters)
             raise
         finally:
             del _WAITING[task]
         return self._cuts
+
+    def take(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
+        """`acquire` without a task: call `granted` when the turn is there; if it says no, the next has it."""
+        if not self._is_free(urgency):
+            heapq.heappush(self._waiters, (urgency, next(self._serial), granted, who))
+            return
+        self.in_flight += 1
+        if not granted():
+            self.in_flight -= 1
+
+    @property
+    def ticket(self) -> int:
+        """What `release` wants back for a turn that begins now."""
+        return self._cuts
+
+    def wanted_of(self, who: object, urgency: int, turns: int) -> int:
+        """How many of the `turns` that `who` keeps from request to request others should have: what more urgent ones
+        wait for, what is in flight beyond the limit, and of what is waited for as urgently all above half the limit."""
+        others = [waiter[0] for waiter in self._waiters if waiter[3] is not who]
+        equal = min(others.count(urgency), turns - self.limit // 2)
+        urgent = sum(one < urgency for one in others) + self.in_flight - self._limit_for(urgency)
+        return max(0, equal) + max(0, urgent)
 
     def hasten(self, task: asyncio.Task[Any], urgency: int) -> None:
         """See the function of that name."""
@@ -101,7 +130,16 @@ class RequestWindow:
 
     def release(self, ticket: int, *, was_throttled: bool, succeeded: bool) -> None:
         """End a request: adapt the limit to how it went and let others in."""
+        self.note(ticket, was_throttled=was_throttled, succeeded=succeeded)
+        self.give_back()
+
+    def give_back(self) -> None:
+        """End a turn and let others in."""
         self.in_flight -= 1
+        self._wake()
+
+    def note(self, ticket: int, *, was_throttled: bool, succeeded: bool) -> None:
+        """Adapt the limit to how a request went."""
         if was_throttled:
             self.throttled += 1
             if ticket == self._cuts:
@@ -109,7 +147,9 @@ class RequestWindow:
                 self._cuts += 1
         elif succeeded:
             self._limit = min(float(self._requests_max), self._limit + 1 / self._limit)
-        self._wake()
+
+    def _is_free(self, urgency: int) -> bool:
+        return self.in_flight < self._limit_for(urgency) and not (self._waiters and self._waiters[0][0] <= urgency)
 
     def _limit_for(self, urgency: int) -> int:
         if urgency < PATIENT_URGENCY:
@@ -118,27 +158,23 @@ class RequestWindow:
 
     def _wake(self) -> None:
         while self._waiters and self.in_flight < self._limit_for(self._waiters[0][0]):
-            turn = heapq.heappop(self._waiters)[2]
-            if not turn.done():
-                self.in_flight += 1
-                turn.set_result(None)
+            granted = heapq.heappop(self._waiters)[2]
+            self.in_flight += 1
+            if not granted():
+                self.in_flight -= 1
 
 
-class LimitedStore:
+class LimitedStore(PlacesThrough):
     """Lets at most the window's number of requests through; a listing takes a turn for each page."""
 
     def __init__(self, inner: UnderStore, *, requests_max: int) -> None:
+        super().__init__(inner)
         self._inner = inner
-        self._placing = as_placing(inner)
         self._window = RequestWindow(requests_max)
 
     @property
     def store_id(self) -> str:
         return self._inner.store_id
-
-    @property
-    def can_place(self) -> bool:
-        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts with the window's."""
@@ -171,10 +207,31 @@ class LimitedStore:
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         return await self._in_turn(lambda: self._inner.read(info, byte_range))
 
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
-        assert self._placing is not None, "can_place says so"
-        placing = self._placing
-        await self._in_turn(lambda: placing.place(info, byte_range, carrier))
+    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
+        self._window.take(who, urgency, granted)
+
+    def give_turn_back(self) -> None:
+        self._window.give_back()
+
+    def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
+        return self._window.wanted_of(who, urgency, turns)
+
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
+        errand = self.placing.errand(info, byte_range)
+        if errand is not None:
+            errand.ticket = self._window.ticket
+        return errand
+
+    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
+        was_throttled = succeeded = False
+        try:
+            self.placing.conclude(errand, info, outcome)
+            succeeded = True
+        except ThrottledError:
+            was_throttled = True
+            raise
+        finally:
+            self._window.note(errand.ticket, was_throttled=was_throttled, succeeded=succeeded)
 
     async def probe(self) -> None:
         await self._in_turn(self._inner.probe)

@@ -10,14 +10,14 @@ obstore hangs in a process forked after its first use: it lives in the node daem
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Protocol
 
 import obstore
 from obstore.exceptions import BaseError, UnauthenticatedError
 
 from orchestra.errors import AccessDeniedError, NotFoundError, OrchestraError, StoreError
-from orchestra.stores.carrying import Carrier
+from orchestra.stores.carrying import Errand, Outcome
 from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.http_client import is_strong_etag
 from orchestra.stores.pages import PagedListing, cut_into_pages, listing_that_arrives_whole
@@ -50,7 +50,9 @@ class Wire(Protocol):
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer: ...
 
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None: ...
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None: ...
+
+    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None: ...
 
     def list_directory(self, prefix: str) -> PagedListing[str]: ...
 
@@ -115,14 +117,28 @@ class ObjectStoreStore:
     def can_place(self) -> bool:
         return self._wire is not None
 
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
+    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
+        granted()  # turns are limit.py's
+
+    def give_turn_back(self) -> None:
+        """Nobody waits here."""
+
+    def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
+        return 0
+
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
         assert self._wire is not None, "can_place says so"
-        operation = Operation("read", info.key, self._label)
         try:
-            _check_utf8(self._root + info.key, operation)
-            await self._wire.place(info, byte_range, carrier)
+            return self._wire.errand(info, byte_range)
+        except UnicodeError:  # `read` says what is wrong with the key
+            return None
+
+    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
+        assert self._wire is not None, "can_place says so"
+        try:
+            self._wire.conclude(errand, info, outcome)
         except NotFoundError as error:
-            raise as_stale(error, operation) from error
+            raise as_stale(error, Operation("read", info.key, self._label)) from error
 
     async def _read_by_obstore(
         self, path: str, info: ObjectInfo, byte_range: ByteRange, operation: Operation

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
@@ -59,6 +59,19 @@ class ConnectionClosedError(Exception):
     """The connection ended before the first byte of the answer: an idle one that the server had given up."""
 
 
+# Called with a whole answer, or with what came instead.
+Ended = Callable[[RangeAnswer | BaseException], None]
+
+
+def _settle(done: asyncio.Future[RangeAnswer], outcome: RangeAnswer | BaseException) -> None:
+    if done.done():  # cancelled
+        return
+    if isinstance(outcome, BaseException):
+        done.set_exception(outcome)
+    else:
+        done.set_result(outcome)
+
+
 class RangeClient:
     """Connections to one server. One event loop; opens nothing before its first request."""
 
@@ -84,17 +97,22 @@ class RangeClient:
 
     async def send(self, request: bytes, wanted: ByteRange) -> RangeAnswer:
         """As `get`, of a request as it goes out."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_usable:
-                try:
-                    return await self._exchange(connection, request, wanted)
-                except ConnectionClosedError:
-                    continue  # it was idle too long; the request did not reach anybody
+        while (connection := self._take_idle()) is not None:
+            try:
+                return await self._exchange(connection, request, wanted)
+            except ConnectionClosedError:
+                continue  # it was idle too long; the request did not reach anybody
         try:
             return await self._exchange(await self._connect(), request, wanted)
         except ConnectionClosedError as error:
             raise ConnectionResetError("the server closed the connection without an answer") from error
+
+    def send_soon(self, request: bytes, wanted: ByteRange, ended: Ended) -> Callable[[], object]:
+        """As `send`, without a task where a connection is idle: call `ended`, later, with the answer or with what
+        `send` would raise. Returns what takes the request back; `ended` is then not called any more."""
+        sending = _Sending(self, request, wanted, ended)
+        sending.begin(self._take_idle())
+        return sending.take_back
 
     async def close(self) -> None:
         """As `close_idle`."""
@@ -110,21 +128,44 @@ class RangeClient:
             self._idle.pop().abort()
 
     async def _exchange(self, connection: _Connection, request: bytes, wanted: ByteRange) -> RangeAnswer:
-        self._busy.add(connection)
-        if self._timer is None:
-            self._look_later()
+        done: asyncio.Future[RangeAnswer] = asyncio.get_running_loop().create_future()
         try:
-            answer = await connection.exchange(request, wanted.length)
+            self.begin_on(connection, request, wanted, partial(_settle, done))
+            answer = await done
         except BaseException:
             connection.abort()
             raise
         finally:
             self._busy.discard(connection)
+        self._put_back(connection)
+        return answer
+
+    def begin_on(self, connection: _Connection, request: bytes, wanted: ByteRange, ended: Ended) -> None:
+        self._busy.add(connection)
+        if self._timer is None:
+            self._look_later()
+        connection.begin(request, wanted.length, ended)
+
+    def end_on(self, connection: _Connection, *, is_well: bool) -> None:
+        """Nothing is under way on it any more."""
+        self._busy.discard(connection)
+        if is_well:
+            self._put_back(connection)
+        else:
+            connection.abort()
+
+    def _take_idle(self) -> _Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_usable:
+                return connection
+        return None
+
+    def _put_back(self, connection: _Connection) -> None:
         if connection.is_usable and not self._is_closed and len(self._idle) < _IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.abort()
-        return answer
 
     def _look_later(self) -> None:
         """One timer for all connections: nearly every request is over before any would have run out."""
@@ -151,6 +192,48 @@ class RangeClient:
                 server_hostname=self._host if self._ssl is not None else None,
             )
         return connection
+
+
+class _Sending:
+    """A request that `send_soon` sent: on a connection that was idle, else (also if that had ended) in a task."""
+
+    __slots__ = ("_client", "_connection", "_ended", "_request", "_task", "_wanted")
+
+    def __init__(self, client: RangeClient, request: bytes, wanted: ByteRange, ended: Ended) -> None:
+        self._client = client
+        self._request = request
+        self._wanted = wanted
+        self._ended = ended
+        self._connection: _Connection | None = None
+        self._task: asyncio.Task[RangeAnswer] | None = None
+
+    def begin(self, connection: _Connection | None) -> None:
+        """Send it."""
+        if connection is None:
+            self._task = asyncio.get_running_loop().create_task(self._client.send(self._request, self._wanted))
+            self._task.add_done_callback(self._tell)
+        else:
+            self._connection = connection
+            self._client.begin_on(connection, self._request, self._wanted, self._answered)
+
+    def take_back(self) -> None:
+        """See RangeClient.send_soon."""
+        if self._task is not None:
+            self._task.cancel()
+        elif self._connection is not None:
+            self._client.end_on(self._connection, is_well=False)
+
+    def _answered(self, outcome: RangeAnswer | BaseException) -> None:
+        assert self._connection is not None, "it came on one"
+        self._client.end_on(self._connection, is_well=isinstance(outcome, RangeAnswer))
+        if isinstance(outcome, ConnectionClosedError):  # it was idle too long; the request did not reach anybody
+            self.begin(None)
+        else:
+            self._ended(outcome)
+
+    def _tell(self, task: asyncio.Task[RangeAnswer]) -> None:
+        if not task.cancelled():
+            self._ended(task.exception() or task.result())
 
 
 def request_of(target: str, headers: Mapping[str, str]) -> bytes:
@@ -222,7 +305,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._headers: CIMultiDict[str] = CIMultiDict()
         self._wanted = 0
         self._keep_alive = True
-        self._done: asyncio.Future[None] | None = None
+        self._ended: Ended | None = None  # while an answer is waited for
         self._looks = 0
         self._progress = 0
         self._seen_progress = 0
@@ -232,29 +315,34 @@ class _Connection(asyncio.BufferedProtocol):
         """Whether another request may be sent."""
         return self._transport is not None and self._keep_alive and not self._transport.is_closing()
 
-    async def exchange(self, request: bytes, wanted: int) -> RangeAnswer:
-        """Send and wait for the whole answer."""
+    def begin(self, request: bytes, wanted: int, ended: Ended) -> None:
+        """Send, and call `ended` when the whole answer is here, or never will be. Raises ConnectionClosedError."""
         if self._transport is None:
             raise ConnectionClosedError
         self._head_length = self._body_length = self._status = 0
         self._body = None
         self._wanted = wanted
         self._head = bytearray(_HEAD_ROOM_BYTES + (wanted if wanted < _KEPT_BYTES_MIN else 0))
-        self._done = self._loop.create_future()
+        self._ended = ended
         self._seen_progress = self._progress
         self._looks = -1  # the first look comes too early for this request
         self._transport.write(request)
-        try:
-            await self._done
-            body = self._body if self._body is not None else memoryview(b"")
-        finally:
-            self._done = self._body = None
-            self._head, self._head_length = bytearray(), 0  # whatever still comes must not be written behind the body
-        return RangeAnswer(self._status, self._headers, body)
+
+    def _end(self, outcome: RangeAnswer | BaseException) -> None:
+        ended, self._ended = self._ended, None
+        self._forget()
+        if ended is not None:
+            ended(outcome)
+
+    def _forget(self) -> None:
+        """Whatever still comes must not be written behind the body."""
+        self._body, self._head, self._head_length = None, bytearray(), 0
 
     def abort(self) -> None:
-        """Close at once; nothing is received any more."""
+        """Close at once; nothing is received any more, and nothing is said of the answer."""
         self._keep_alive = False
+        self._ended = None
+        self._forget()
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -278,7 +366,7 @@ class _Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio.BufferedProtocol."""
         self._progress += 1
-        if self._done is None or self._done.done():
+        if self._ended is None:
             self.abort()  # bytes that nobody asked for
             return
         if self._body is not None:
@@ -297,7 +385,7 @@ class _Connection(asyncio.BufferedProtocol):
                 return
         assert self._body is not None
         if self._body_length == len(self._body):
-            self._done.set_result(None)
+            self._end(RangeAnswer(self._status, self._headers, self._body))
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
@@ -307,15 +395,13 @@ class _Connection(asyncio.BufferedProtocol):
         """See asyncio.BaseProtocol."""
         self._transport = None
         self._keep_alive = False
-        if self._done is None or self._done.done():
-            return
         if self._body is not None:
             text = f"the body ended after {self._body_length} of {len(self._body)} bytes"
-            self._done.set_exception(StoreUnavailableError(text))
+            self._end(StoreUnavailableError(text))
         elif not self._head_length:
-            self._done.set_exception(ConnectionClosedError())
+            self._end(ConnectionClosedError())
         else:
-            self._done.set_exception(exc or ConnectionResetError("the server cut its answer short"))
+            self._end(exc or ConnectionResetError("the server cut its answer short"))
 
     def _begin_body(self, end: int) -> None:
         """Read the head; make the body's buffer and move what came with the head into it."""
@@ -346,8 +432,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._body = whole
 
     def _fail(self, error: Exception) -> None:
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error)
+        self._end(error)
         self.abort()
 
     def fail_if_stalled(self, stall_timeout_s: float) -> None:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError, StoreUnavailableError
-from orchestra.stores.carrying import Carrier, as_placing
+from orchestra.stores.carrying import PlacesThrough
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.deadlines import Deadlines
@@ -27,6 +28,10 @@ from orchestra.units import format_duration
 from orchestra.values import ByteRange, ObjectInfo
 
 Answer = TypeVar("Answer")
+
+# What came of a try of the running task's request that was made elsewhere (carrying.py): the next waits as any second
+# try does.
+TRIED: ContextVar[StoreUnavailableError | None] = ContextVar("tried", default=None)
 
 # How long a server is waited for that takes no connection: a restart passes in that time, and who mistyped an endpoint
 # should not wait for the whole deadline of a request that was never sent.
@@ -50,7 +55,7 @@ def backoff_s(policy: RetryPolicy, tries: int, chance: float) -> float:
     return chance * min(policy.backoff_max_s, policy.first_backoff_s * 2.0**exponent)
 
 
-class RetryStore:
+class RetryStore(PlacesThrough):
     """Calls the wrapped store until it answers, fails for good, or the deadline has passed.
 
     The last error then says how many tries were made. Cancelling ends the wait or the attempt at once.
@@ -66,8 +71,8 @@ class RetryStore:
         chance: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        super().__init__(inner)
         self._inner = inner
-        self._placing = as_placing(inner)
         self._policy = policy
         self._clock = clock
         self._chance = chance
@@ -79,10 +84,6 @@ class RetryStore:
     def store_id(self) -> str:
         return self._inner.store_id
 
-    @property
-    def can_place(self) -> bool:
-        return self._placing is not None
-
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts with the retries."""
         return dataclasses.replace(statistics_of(self._inner), retries=self._retries)
@@ -91,8 +92,11 @@ class RetryStore:
         """Call until it answers; `patience` is how many times the usual deadline it may take."""
         started_ns = self._clock.now_ns()
         deadline_s = self._policy.deadline_s * patience
-        tries = 0
-        last: StoreUnavailableError | None = None
+        last, tries = TRIED.get(), 0
+        if last is not None:
+            TRIED.set(None)
+            tries = 1
+            await self._wait_for_next_try(last, tries, started_ns, deadline_s)
         while True:
             left_s = deadline_s - (self._clock.now_ns() - started_ns) / 1e9
             bound = self._deadlines.within(left_s)
@@ -139,11 +143,6 @@ class RetryStore:
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         return await self._persist(lambda: self._inner.read(info, byte_range))
-
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
-        assert self._placing is not None, "can_place says so"
-        placing = self._placing
-        await self._persist(lambda: placing.place(info, byte_range, carrier))
 
     async def probe(self) -> None:
         """Not tried again: an operator who waits wants the plain reason now."""

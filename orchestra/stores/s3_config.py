@@ -149,6 +149,10 @@ class CredentialSource(Protocol):
         """Return them, asking the machine's chain if they ran out. Raises AccessDeniedError."""
         ...
 
+    def ready(self) -> Credentials | None:
+        """Return them if nobody has to be asked."""
+        ...
+
 
 class StaticCredentials:
     """The credentials of the options or the environment."""
@@ -159,27 +163,40 @@ class StaticCredentials:
     async def credentials(self) -> Credentials:
         return self._credentials
 
+    def ready(self) -> Credentials | None:
+        return self._credentials
+
 
 class BotocoreCredentials:
     """The chain of botocore: profiles, SSO, web identity, container and instance roles; refreshed by it."""
 
     def __init__(self, label: str) -> None:
         self._label = label
+        self._found: Any = None
 
     async def credentials(self) -> Credentials:
         # In a thread: the chain may ask a metadata server and block.
-        frozen = await asyncio.to_thread(self._frozen)
-        if frozen is None:
+        credentials = await asyncio.to_thread(self._ask)
+        if credentials is None:
             raise AccessDeniedError(
                 f"no AWS credentials for {self._label}: give the options key and secret, set AWS_ACCESS_KEY_ID and"
                 " AWS_SECRET_ACCESS_KEY, or anon = true for a public bucket"
             )
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token or "")
+        return credentials
 
-    @staticmethod
-    def _frozen() -> Any:
-        found = _botocore_session().get_credentials()
-        return None if found is None else found.get_frozen_credentials()
+    def ready(self) -> Credentials | None:
+        found = self._found
+        is_old = getattr(found, "refresh_needed", None)  # those that never run out have no such method
+        return None if found is None or (is_old is not None and is_old()) else _frozen(found)
+
+    def _ask(self) -> Credentials | None:
+        self._found = found = _botocore_session().get_credentials()
+        return None if found is None else _frozen(found)
+
+
+def _frozen(found: Any) -> Credentials:
+    frozen = found.get_frozen_credentials()
+    return Credentials(frozen.access_key, frozen.secret_key, frozen.token or "")
 
 
 @lru_cache(maxsize=1)

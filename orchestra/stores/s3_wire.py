@@ -16,13 +16,13 @@ from xml.etree import ElementTree
 
 from orchestra.clock import Clock
 from orchestra.errors import StoreError
-from orchestra.stores.carrying import Carrier
+from orchestra.stores.carrying import Errand, Outcome
 from orchestra.stores.contract import Buffer, ListPage
 from orchestra.stores.http_client import HttpClient, HttpSettings, is_strong_etag
 from orchestra.stores.pages import PAGE_KEYS_MAX, PagedListing
 from orchestra.stores.range_answers import check_encoding, mtime_ns_of, version_of_headers
 from orchestra.stores.s3_config import CredentialSource, S3Config
-from orchestra.stores.sigv4 import Request, encode_path, encode_query, signed_headers
+from orchestra.stores.sigv4 import Credentials, Request, encode_path, encode_query, signed_headers
 from orchestra.stores.translate import Operation, unavailable
 from orchestra.values import ByteRange, ObjectInfo, weak_version
 
@@ -56,7 +56,7 @@ class S3Wire:
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         """GET one range of one version."""
-        url, headers = await self._ranged(info, byte_range)
+        url, headers = await self._signed("GET", self._config.root + info.key, [], _range_headers(info, byte_range))
         return await self._http.fetch_range(
             url,
             headers,
@@ -66,24 +66,22 @@ class S3Wire:
             version=info.version,
         )
 
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
-        """As `read`, with the bytes where `carrier` puts them."""
-        url, headers = await self._ranged(info, byte_range)
-        await self._http.place_range(
-            url,
-            headers,
-            self._operation("read", info.key),
-            carrier,
-            byte_range=byte_range,
-            size_bytes=info.size_bytes,
-            version=info.version,
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
+        """As `read` begins, for another process to send; None without credentials that are valid now."""
+        credentials = None
+        if self._source is not None:
+            credentials = self._source.ready()
+            if credentials is None:
+                return None
+        url, headers = self._signed_with(
+            credentials, "GET", self._config.root + info.key, [], _range_headers(info, byte_range)
         )
+        return self._http.errand(url, headers, byte_range=byte_range, size_bytes=info.size_bytes, version=info.version)
 
-    async def _ranged(self, info: ObjectInfo, byte_range: ByteRange) -> tuple[str, dict[str, str]]:
-        wanted = {"range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
-        if is_strong_etag(info.version):
-            wanted["if-match"] = info.version
-        return await self._signed("GET", self._config.root + info.key, [], wanted)
+    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
+        """As `read` ends; also raises NotCarriedError."""
+        if outcome is not None:
+            self._http.conclude(errand, self._operation("read", info.key), outcome)
 
     def list_directory(self, prefix: str) -> PagedListing[str]:
         """LIST below `prefix`, one request a page."""
@@ -134,17 +132,34 @@ class S3Wire:
         self, method: str, key: str, parameters: list[tuple[str, str]], headers: dict[str, str]
     ) -> tuple[str, dict[str, str]]:
         """Return the URL to ask and the headers to send."""
+        credentials = None if self._source is None else await self._source.credentials()
+        return self._signed_with(credentials, method, key, parameters, headers)
+
+    def _signed_with(
+        self,
+        credentials: Credentials | None,
+        method: str,
+        key: str,
+        parameters: list[tuple[str, str]],
+        headers: dict[str, str],
+    ) -> tuple[str, dict[str, str]]:
         base = self._base
         path = encode_path(f"{base.path}/{key}" if key else base.path or "/")
         query = encode_query(parameters)
         sent = {**headers, "host": base.netloc}
         if self._config.request_payer:
             sent["x-amz-request-payer"] = "requester"
-        if self._source is not None:
+        if credentials is not None:
             request = Request(method, path, query, sent)
-            credentials = await self._source.credentials()
             sent = signed_headers(request, credentials, region=self._config.region, wall_s=self._clock.wall_s())
         return f"{base.scheme}://{base.netloc}{path}" + (f"?{query}" if query else ""), sent
+
+
+def _range_headers(info: ObjectInfo, byte_range: ByteRange) -> dict[str, str]:
+    wanted = {"range": f"bytes={byte_range.start}-{byte_range.stop - 1}"}
+    if is_strong_etag(info.version):
+        wanted["if-match"] = info.version
+    return wanted
 
 
 def parse_list_page(body: bytes, *, root: str, operation: Operation) -> tuple[ListPage, str | None]:

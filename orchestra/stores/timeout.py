@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from orchestra.errors import StoreUnavailableError
-from orchestra.stores.carrying import Carrier, as_placing
+from orchestra.stores.carrying import PlacesThrough
 from orchestra.stores.contract import Buffer, ListPage, UnderStore
 from orchestra.stores.counting import StoreStatistics, statistics_of
 from orchestra.stores.deadlines import Deadlines
@@ -26,22 +26,18 @@ Answer = TypeVar("Answer")
 FLOOR_BYTES_PER_S = 128 * KIB
 
 
-class TimeoutStore:
+class TimeoutStore(PlacesThrough):
     """Gives every request `attempt_timeout_s`, and a read also the time its bytes need at FLOOR_BYTES_PER_S."""
 
     def __init__(self, inner: UnderStore, *, attempt_timeout_s: float) -> None:
+        super().__init__(inner)
         self._inner = inner
-        self._placing = as_placing(inner)
         self._attempt_timeout_s = attempt_timeout_s
         self._deadlines = Deadlines()
 
     @property
     def store_id(self) -> str:
         return self._inner.store_id
-
-    @property
-    def can_place(self) -> bool:
-        return self._placing is not None
 
     def statistics(self) -> StoreStatistics:
         """Return the wrapped store's counts."""
@@ -70,11 +66,6 @@ class TimeoutStore:
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
         limit_s = self._limit_of(byte_range)
         return await self._bounded(f"read {info.key!r}", limit_s, lambda: self._inner.read(info, byte_range))
-
-    async def place(self, info: ObjectInfo, byte_range: ByteRange, carrier: Carrier) -> None:
-        assert self._placing is not None, "can_place says so"
-        placing, limit_s = self._placing, self._limit_of(byte_range)
-        await self._bounded(f"read {info.key!r}", limit_s, lambda: placing.place(info, byte_range, carrier))
 
     def _limit_of(self, byte_range: ByteRange) -> float:
         return self._attempt_timeout_s + byte_range.length / FLOOR_BYTES_PER_S

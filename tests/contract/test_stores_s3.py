@@ -185,7 +185,7 @@ async def test_no_credentials_are_said_to_be_missing(server: S3Server, monkeypat
     pytest.importorskip("botocore")
     from orchestra.stores import s3_config
 
-    monkeypatch.setattr(s3_config.BotocoreCredentials, "_frozen", staticmethod(lambda: None))
+    monkeypatch.setattr(s3_config.BotocoreCredentials, "_ask", lambda self: None)
     store = open_store(StoreSettings("s3://bucket/root", {"endpoint_url": server.endpoint}), FETCH, environment={})
     with pytest.raises(AccessDeniedError, match=r"options key and secret.*AWS_ACCESS_KEY_ID.*anon = true"):
         await store.probe()

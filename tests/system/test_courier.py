@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from synthetic import dataset_keys, expected_bytes
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout, prepare
+from orchestra.blocks.store import Placed
 from orchestra.clock import SystemClock
 from orchestra.config import FetchConfig
 from orchestra.daemon.jobs import load
@@ -25,18 +26,21 @@ from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.engine import courier as courier_module
 from orchestra.engine.courier import Courier
 from orchestra.engine.courier_wire import Place
+from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError
-from orchestra.stores.carrying import NotCarriedError
+from orchestra.stores.carrying import Errand, NotCarriedError, Outcome
 from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.stores.counting import statistics_of
 from orchestra.stores.http_client import HttpClient, HttpSettings
+from orchestra.stores.range_client import RangeAnswer
 from orchestra.stores.registry import open_store
 from orchestra.stores.translate import Operation
 from orchestra.units import MIB
-from orchestra.values import ByteRange
+from orchestra.values import ByteRange, ObjectInfo
 from tests.support.node import PATIENCE_S, ThreadNode, thread_node
 from tests.support.ram import ram_folder
 from tests.support.scripted_server import ScriptedServer
+from tests.support.versioned_store import VersionedStore
 
 pytestmark = pytest.mark.system
 
@@ -161,6 +165,82 @@ async def do_verified_load(node: ThreadNode) -> Job:
     return job
 
 
+def test_requests_in_flight_stay_within_the_stores_limit(node: ThreadNode, origin: OriginProcess) -> None:
+    """The courier sends the next request by itself, and never one more than there are turns for loads: 15 of 16."""
+    origin.set(latency_ms=20)
+    origin.call("/__reset")
+    assert node.run(do_carried_load(node, "/data/small")).state is JobState.SUCCEEDED
+    assert origin.call("/__stats", "GET")["in_flight_max"] == 15
+    assert courier_of(node).carried == COUNT
+
+
+def test_a_store_that_asks_for_less_gets_less_and_nothing_fails(node: ThreadNode, origin: OriginProcess) -> None:
+    """Answers of 503 halve the window, are waited for as any, and every file is there in the end."""
+    origin.set(rate=100)
+    try:
+        assert node.run(do_carried_load(node, "/data/small")).state is JobState.SUCCEEDED
+    finally:
+        origin.set(rate=0)
+    statuses = origin.call("/__stats", "GET")["statuses"]
+    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
+    counted = statistics_of(mount.store)
+    assert (statuses["206"], statuses["503"]) == (COUNT, counted.throttled)
+    assert counted.throttled > 0
+    assert counted.requests_in_flight == 0
+    check_all(node)
+
+
+def test_a_node_that_closes_takes_all_errands_back(node: ThreadNode, origin: OriginProcess) -> None:
+    """Half way through a load: nothing stays of what was under way, in memory, in the accounts or on the disk."""
+    origin.set(latency_ms=200)
+
+    async def scenario() -> None:
+        with courier_of(node).held():
+            await wait_ready(courier_of(node))
+            node.node.jobs.submit(LoadSpec("/data"))
+            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 20:
+                pass
+
+    node.run(scenario())
+    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
+    node.close()
+    assert tmp_of(node) == []
+    assert node.node.budget.used_bytes == 0
+    assert statistics_of(mount.store).requests_in_flight == 0
+    assert statistics_of(mount.store).abandoned > 0
+
+
+def test_a_reader_goes_before_what_waits_for_the_courier(node: ThreadNode, origin: OriginProcess) -> None:
+    """Of 24 files that a load has begun 15 are asked for, and the last of them is read: it is asked for next."""
+    origin.set(latency_ms=500)
+    keys = dataset_keys("small", COUNT)
+
+    async def scenario() -> Job:
+        courier = courier_of(node)
+        engine = node.node.engine
+        with courier.held():
+            await wait_ready(courier)
+            loading = asyncio.create_task(do_load(node, "/data/small"))
+            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 15:
+                pass
+            wanted = await want(node, keys[23])
+            assert engine.is_coming(wanted)
+            assert await engine.ensure(wanted)
+            behind = [key for key in keys[15:23] if not engine.holds_some(await want(node, key))]
+            await asyncio.to_thread(origin.set, latency_ms=0)
+            assert len(behind) > 0, "those were to be asked for before it"
+            return await loading
+
+    assert node.run(scenario()).state is JobState.SUCCEEDED
+
+
+async def want(node: ThreadNode, key: str) -> Wanted:
+    """The whole of that object."""
+    engine = node.node.engine
+    entry = await engine.stat(f"/data/{key}")
+    return engine.want(f"/data/{key}", entry.version, entry.size_bytes, ByteRange(0, entry.size_bytes))
+
+
 def test_a_busy_machine_loads_without(node: ThreadNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where more programs want to run than there are cores for, a load begins no process, and brings the same."""
     monkeypatch.setattr(os, "getloadavg", lambda: (8.0, 8.0, 8.0))
@@ -243,6 +323,34 @@ async def courier(layout: CacheLayout) -> AsyncIterator[Courier]:
         await courier.close()
 
 
+class FreeTurns(VersionedStore):
+    """A store whose turns are free."""
+
+    can_place = True
+
+    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
+        """At once."""
+        granted()
+
+    def give_turn_back(self) -> None:
+        """There are more."""
+
+    def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
+        """By nobody."""
+        return 0
+
+    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
+        """Not asked for: the test makes them."""
+        raise AssertionError
+
+    def conclude(self, errand: Errand, info: ObjectInfo, what: Outcome) -> None:
+        """Likewise."""
+        raise AssertionError
+
+
+FREE_TURNS = FreeTurns()
+
+
 async def outcome(courier: Courier | None, server: ScriptedServer) -> object:
     """What a read of the scripted server comes to, carried or not: the bytes, or the error's kind and text."""
     client = HttpClient(HttpSettings(requests_max=4, attempt_timeout_s=0.2), SystemClock())
@@ -252,9 +360,19 @@ async def outcome(courier: Courier | None, server: ScriptedServer) -> object:
     try:
         if courier is None:
             return bytes(await client.fetch_range(server.url, headers, operation, **asked))  # type: ignore[arg-type]
-        carrier = courier.carrier(Place(DIGEST, 0, 0))
-        await client.place_range(server.url, headers, operation, carrier, **asked)  # type: ignore[arg-type]
-        return Path(carrier.placed.path).read_bytes()
+        errand = client.errand(server.url, headers, **asked)  # type: ignore[arg-type]
+        if errand is None or not courier.is_ready:
+            raise NotCarriedError
+        ended: asyncio.Future[Placed | RangeAnswer | TimeoutError | NotCarriedError] = asyncio.Future()
+        number = courier.send(FREE_TURNS, Place(DIGEST, 0, 0), errand, ended.set_result)
+        try:
+            what = await ended
+        except asyncio.CancelledError:
+            courier.take_back(number)
+            raise
+        client.conclude(errand, operation, None if isinstance(what, Placed) else what)
+        assert isinstance(what, Placed)
+        return Path(what.path).read_bytes()
     except OrchestraError as error:
         return type(error), str(error)
     finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from orchestra.stores.range_client import RangeClient
+from orchestra.stores.range_client import RangeAnswer, RangeClient
 from orchestra.values import ByteRange
 
 
@@ -97,3 +98,75 @@ async def test_what_a_server_sends_unasked_changes_no_answer() -> None:
         is_received.set()
         await is_closed.wait()
     assert bytes(received.data) == b"body"
+
+
+ANSWER = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\nbody"
+
+
+async def _soon(client: RangeClient) -> RangeAnswer | BaseException:
+    """What a request comes to that nobody waits for."""
+    outcome: asyncio.Future[RangeAnswer | BaseException] = asyncio.Future()
+    client.send_soon(b"GET /x HTTP/1.1\r\n\r\n", ByteRange(0, 4), outcome.set_result)
+    return await outcome
+
+
+async def test_requests_that_nobody_waits_for_are_answered_on_one_connection() -> None:
+    """The first makes it, the second finds it idle; each is told of once."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWER)
+
+    async with _client_of(answer) as client:
+        answers = [await _soon(client) for _ in range(2)]
+    assert [bytes(one.data) for one in answers if isinstance(one, RangeAnswer)] == [b"body", b"body"]
+
+
+async def test_a_connection_that_was_idle_too_long_is_not_an_answer() -> None:
+    """The server closes it at the second request; that is sent again on another, and told of once."""
+    closed: asyncio.Queue[None] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        closed.put_nowait(None)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = RangeClient(url, ssl_context=None, stall_timeout_s=5.0)
+        answers = [await _soon(client) for _ in range(2)]
+        await client.close()
+        for _ in range(2):
+            await closed.get()
+    assert [bytes(one.data) for one in answers if isinstance(one, RangeAnswer)] == [b"body", b"body"]
+    assert closed.empty()
+
+
+@pytest.mark.parametrize("is_idle", [False, True], ids=["fresh", "idle"])
+async def test_a_request_that_is_taken_back_is_told_of_no_more(is_idle: bool) -> None:
+    """Its connection is closed, and what the server says afterwards reaches nobody."""
+    is_asked, is_closed = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if is_idle:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWER)
+        await reader.readuntil(b"\r\n\r\n")
+        is_asked.set()
+        await reader.read()
+        is_closed.set()
+
+    told: list[RangeAnswer | BaseException] = []
+    async with _client_of(answer) as client:
+        if is_idle:
+            await _soon(client)
+        take_back = client.send_soon(b"GET /x HTTP/1.1\r\n\r\n", ByteRange(0, 4), told.append)
+        await is_asked.wait()
+        take_back()
+        await is_closed.wait()
+    assert told == []

@@ -44,6 +44,9 @@ _CARRIED_BYTES_MIN = 64 * MIB
 # ... unless so many programs a core want to run already. A file then waits for its turn on a core in two processes
 # instead of one: with four and more a core a load was a third slower so, with two it was faster.
 _BUSY_PER_CORE = 3.0
+# Pieces beyond the store's turns that lie ready with the courier, so that a turn need not wait for the daemon: what it
+# gets through while a batch of answers is on its way there and back.
+_AHEAD_RATIO = 0.5
 # Rounds over what was there and is gone again when the end is looked at; more means that others need the space.
 _ROUNDS_MAX = 2
 
@@ -87,7 +90,7 @@ class LoadRun:
         self._left_bytes = 0
         self._loader: Loader | None = None
         self._is_counting = True
-        self._has_courier = False
+        self._is_courier_decided = self._has_courier = False
         self._helped = ExitStack()
 
     async def run(self) -> None:
@@ -148,11 +151,12 @@ class LoadRun:
         return within_quotas(Fit(missing.total(), free, charged.total()), self._fits_of_quotas(missing, charged))
 
     def _call_courier(self, missing_bytes: int) -> None:
-        carried = self._tools.engine.carried
-        if carried is None or missing_bytes < _CARRIED_BYTES_MIN or self._has_courier:
+        carried, sharing = self._tools.engine.carried, self._tools.engine.sharing
+        if carried is None or sharing is not None or missing_bytes < _CARRIED_BYTES_MIN or self._is_courier_decided:
             return
-        self._has_courier = True
+        self._is_courier_decided = True
         if os.getloadavg()[0] <= _BUSY_PER_CORE * len(os.sched_getaffinity(0)):
+            self._has_courier = True
             self._helped.enter_context(carried.courier.held())
 
     def _fits_of_quotas(self, missing: Counter[str], charged: Counter[str]) -> Iterator[Fit]:
@@ -194,18 +198,19 @@ class LoadRun:
         spec, tools = self._job.spec, self._tools
         self._left_bytes = self._allowance_bytes or 0
         pace = Pace(spec.bandwidth_bytes_per_s, tools.clock) if spec.bandwidth_bytes_per_s else None
+        ahead = int(tools.requests_max * _AHEAD_RATIO) if self._has_courier else 0
         self._loader = Loader(
             tools.engine,
             tools.geometry,
             self,
             priority=Priority.LOAD,
-            limit=tools.requests_max,
+            limit=tools.requests_max + ahead,
             clock=tools.clock,
             pace=pace,
             has_room=self._has_room,
             share=self._shared,
         )
-        async with tools.steering.steer(self._loader, Yielding(tools.requests_max)):
+        async with tools.steering.steer(self._loader, Yielding(tools.requests_max + ahead)):
             return await self._loader.run(pages)
 
     def _conclude(self, is_whole: bool) -> None:
