@@ -57,6 +57,14 @@ class Lane:
         self._wanted_back -= count
         for _ in range(count):
             self._store.give_turn_back()
+        if not self._is_over:
+            self._want()  # what was no while it had these may be yes now
+
+    def hasten(self, urgency: int) -> None:
+        """Somebody of that urgency waits for an errand, which goes before the others. Where no turn is to stay for it,
+        one is asked for as urgently."""
+        if self.turns <= self._wanted_back:
+            self._store.take_turn(self, urgency, self._take)
 
     def close(self) -> None:
         """There is no courier any more."""
@@ -78,7 +86,10 @@ class Lane:
 
     def _granted(self) -> bool:
         self._is_waiting = False
-        if self._is_over or self._surplus() >= 0 or self._wanted_of_us():
+        return not self._wanted_of_us() and self._take()
+
+    def _take(self) -> bool:
+        if self._is_over or self._surplus() >= 0:
             return False
         self.turns += 1
         self._tell(Kind.GRANT, 1)

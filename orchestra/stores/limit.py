@@ -116,7 +116,8 @@ class RequestWindow:
         """How many of the `turns` that `who` keeps from request to request others should have: what more urgent ones
         wait for, what is in flight beyond the limit, and of what is waited for as urgently all above half the limit."""
         others = [waiter[0] for waiter in self._waiters if waiter[3] is not who]
-        equal = min(others.count(urgency), turns - self.limit // 2)
+        half = min(self.limit // 2, self._limit_for(urgency) - 1)  # of one turn, or one beside the readers', none
+        equal = min(others.count(urgency), turns - half)
         urgent = sum(one < urgency for one in others) + self.in_flight - self._limit_for(urgency)
         return max(0, equal) + max(0, urgent)
 
@@ -146,7 +147,10 @@ class RequestWindow:
                 self._limit = max(1.0, self._limit / 2)
                 self._cuts += 1
         elif succeeded:
+            before = self.limit
             self._limit = min(float(self._requests_max), self._limit + 1 / self._limit)
+            if self.limit > before:
+                self._wake()  # turns that are kept from request to request do not come back to wake anybody
 
     def _is_free(self, urgency: int) -> bool:
         return self.in_flight < self._limit_for(urgency) and not (self._waiters and self._waiters[0][0] <= urgency)

@@ -25,9 +25,9 @@ class WindowedStore(VersionedStore):
 
     can_place = True
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         super().__init__()
-        self.window = RequestWindow(LIMIT)
+        self.window = RequestWindow(limit)
 
     def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
         """See PlacingStore."""
@@ -53,8 +53,8 @@ class WindowedStore(VersionedStore):
 class World:
     """A lane, and a courier that does what it is told."""
 
-    def __init__(self) -> None:
-        self.store = WindowedStore()
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.store = WindowedStore(limit)
         self.lane = Lane(self.store, self.hear)
         self.turns = self.shed = self.under_way = self.waiting = 0
         self.has_heard = asyncio.Event()
@@ -175,6 +175,73 @@ async def test_a_throttled_window_shrinks_the_courier_as_well() -> None:
     assert (window.limit, window.in_flight, world.under_way) == (4, 3, 3)
 
 
+async def test_a_window_that_grows_again_is_used_again() -> None:
+    """After a storm the turns stay with the courier, so that none comes back to tell it of the next one: the answers
+    do."""
+    world = World()
+    world.send(100)
+    window = world.store.window
+    for _ in range(3):
+        window.note(window.ticket, was_throttled=True, succeeded=False)
+    for _ in range(10):
+        world.end(1)
+    assert (window.limit, world.under_way) == (1, 1)
+    for _ in range(60):
+        window.note(window.ticket, was_throttled=False, succeeded=True)
+        world.end(1)
+        world.check()
+    assert (window.limit, world.under_way) == (LIMIT, FOR_LOADS)
+
+
+async def test_errands_that_came_while_all_turns_went_back_get_others() -> None:
+    """Asked for while the old ones are on their way home, another's request goes first; what is home wakes the lane."""
+    world = World()
+    world.send(5)
+    world.end(5)
+    world.has_heard.clear()
+    async with asyncio.timeout(10):
+        await world.has_heard.wait()  # five are asked back, and not here yet
+    for name in ("first", "second", "third"):
+        world.ask(name, Priority.DEMAND)
+    world.waiting += 1
+    world.lane.begin()
+    world.ask("other load", Priority.LOAD)
+    for _ in range(2):  # readers are done: it would be the lane's turn, which seems to have more than half
+        world.others.pop()
+        world.store.window.give_back()
+    assert world.others == ["first", "other load"]
+    world.go_on()
+    assert (world.under_way, world.lane.turns) == (1, 1)
+    world.check()
+
+
+async def test_a_reader_of_a_waiting_errand_needs_no_turn_of_the_loads() -> None:
+    """Readers have all turns and more of them wait: the errand that one of them wants goes before those that came
+    later."""
+    world = World()
+    for number in range(LIMIT):
+        world.ask(f"reader {number}", Priority.DEMAND)
+    world.send(3)
+    world.lane.hasten(Priority.DEMAND)
+    world.ask("later reader", Priority.DEMAND)
+    world.leave()
+    assert (world.under_way, world.lane.turns) == (1, 1)
+    world.leave()
+    assert (world.under_way, len(world.others)) == (1, LIMIT - 1)
+
+
+async def test_of_two_turns_the_one_for_loads_goes_from_one_to_the_other() -> None:
+    """A load with a courier leaves it to a listing, or another load, that waits."""
+    world = World(2)
+    world.send(10)
+    world.ask("listing", Priority.LOAD)
+    for _ in range(4):  # the lane has asked for it before
+        world.end(1)
+    assert world.others == ["listing"]
+    world.leave()
+    assert world.under_way == 1
+
+
 async def test_idle_turns_go_back() -> None:
     """Without errands the courier keeps them for a moment, and then nobody's requests are fewer for it."""
     world = World()
@@ -201,7 +268,9 @@ async def test_a_courier_that_died_has_no_turns() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["send", "end", "demand", "load", "later", "leave", "throttle"]), st.integers(1, 9)),
+        st.tuples(
+            st.sampled_from(["send", "end", "demand", "load", "later", "leave", "throttle", "grow"]), st.integers(1, 9)
+        ),
         max_size=60,
     )
 )
@@ -222,6 +291,9 @@ def test_whatever_happens_turns_are_neither_lost_nor_made(steps: list[tuple[str,
                     world.leave()
                 case "throttle":
                     window.note(window.ticket, was_throttled=True, succeeded=False)
+                case "grow":
+                    for _ in range(count):
+                        window.note(window.ticket, was_throttled=False, succeeded=True)
                 case _:
                     urgency = {"demand": Priority.DEMAND, "load": Priority.LOAD, "later": Priority.BACKGROUND}[step]
                     world.ask(f"{step} {number}", urgency)
