@@ -176,10 +176,10 @@ class RangeClient:
         self._timer = None
         for connection in list(self._busy):
             connection.fail_if_stalled(self._stall_timeout_s)
-        if self._busy:
-            self._look_later()
-        else:
+        if not self._busy:
             self._buffers.clear()
+        elif self._timer is None:  # else who was told of a stall has sent again, and looks already
+            self._look_later()
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
@@ -197,7 +197,7 @@ class RangeClient:
 class _Sending:
     """A request that `send_soon` sent: on a connection that was idle, else (also if that had ended) in a task."""
 
-    __slots__ = ("_client", "_connection", "_ended", "_request", "_task", "_wanted")
+    __slots__ = ("_client", "_connection", "_ended", "_is_taken_back", "_request", "_task", "_wanted")
 
     def __init__(self, client: RangeClient, request: bytes, wanted: ByteRange, ended: Ended) -> None:
         self._client = client
@@ -206,6 +206,7 @@ class _Sending:
         self._ended = ended
         self._connection: _Connection | None = None
         self._task: asyncio.Task[RangeAnswer] | None = None
+        self._is_taken_back = False
 
     def begin(self, connection: _Connection | None) -> None:
         """Send it."""
@@ -218,6 +219,7 @@ class _Sending:
 
     def take_back(self) -> None:
         """See RangeClient.send_soon."""
+        self._is_taken_back = True
         if self._task is not None:
             self._task.cancel()
         elif self._connection is not None:
@@ -232,8 +234,11 @@ class _Sending:
             self._ended(outcome)
 
     def _tell(self, task: asyncio.Task[RangeAnswer]) -> None:
-        if not task.cancelled():
-            self._ended(task.exception() or task.result())
+        if task.cancelled():
+            return
+        outcome = task.exception() or task.result()
+        if not self._is_taken_back:  # else it was over, and about to be told of
+            self._ended(outcome)
 
 
 def request_of(target: str, headers: Mapping[str, str]) -> bytes:

@@ -170,3 +170,73 @@ async def test_a_request_that_is_taken_back_is_told_of_no_more(is_idle: bool) ->
         take_back()
         await is_closed.wait()
     assert told == []
+
+
+async def test_a_request_that_is_taken_back_as_it_ends_is_told_of_no_more() -> None:
+    """Its task is over, and what came of it was to be told in the next turn of the loop."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER)
+
+    told: list[RangeAnswer | BaseException] = []
+    async with _client_of(answer) as client:
+        before = asyncio.all_tasks()
+        take_back = client.send_soon(b"GET /x HTTP/1.1\r\n\r\n", ByteRange(0, 4), told.append)
+        (sending,) = asyncio.all_tasks() - before
+        while not sending.done():
+            # Of what ends in this turn of the loop, this comes before whoever is told of it.
+            asyncio.get_running_loop().call_soon(lambda: take_back() if sending.done() else None)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert told == []
+
+
+class _WatchedClient(RangeClient):
+    """Counts the timers that look for stalls."""
+
+    timers = timers_max = 0
+
+    def _look_later(self) -> None:
+        self.timers += 1
+        self.timers_max = max(self.timers, self.timers_max)
+        super()._look_later()
+
+    def _look_for_stalls(self) -> None:
+        self.timers -= 1
+        super()._look_for_stalls()
+
+
+async def test_a_request_sent_when_another_has_stalled_has_its_whole_time() -> None:
+    """There is one timer still: with two of them each look would come twice, and half the time be given."""
+    asked: list[bytes] = []
+    ends: asyncio.Queue[None] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                asked.append(await reader.readuntil(b"\r\n\r\n"))
+                if b"/x" in asked[-1]:
+                    writer.write(ANSWER)
+        writer.close()
+        ends.put_nowait(None)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = _WatchedClient(url, ssl_context=None, stall_timeout_s=0.1)
+        await asyncio.gather(*(client.get("/x", {}, ByteRange(0, 4)) for _ in range(3)))  # three are idle now
+        ended: asyncio.Queue[RangeAnswer | BaseException] = asyncio.Queue()
+
+        def send_again(outcome: RangeAnswer | BaseException) -> None:
+            ended.put_nowait(outcome)
+            if len(asked) < 6:
+                client.send_soon(b"GET /silent HTTP/1.1\r\n\r\n", ByteRange(0, 4), send_again)
+
+        client.send_soon(b"GET /silent HTTP/1.1\r\n\r\n", ByteRange(0, 4), send_again)
+        for _ in range(3):
+            assert isinstance(await ended.get(), TimeoutError)
+        await client.close()
+        for _ in range(3):
+            await ends.get()
+    assert (client.timers_max, client.timers) == (1, 0)
