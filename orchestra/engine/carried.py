@@ -90,6 +90,7 @@ class _Carriage:
         "_span",
         "_store",
         "_task",
+        "_urgency",
         "_wanted",
         "flight",
     )
@@ -113,6 +114,7 @@ class _Carriage:
         self._otherwise = otherwise
         self._placing: Placing | None = None
         self._is_granted = False
+        self._urgency = Priority.LOAD  # of whoever waits for it since before it was sent
         self._errand: Errand | None = None
         self._number = -1
         self._task: asyncio.Task[bool] | None = None
@@ -135,16 +137,18 @@ class _Carriage:
         """The budget lets it go. Sent ahead of its turn: the courier knows first when one is free."""
         if self.flight.done() or self._placing is None:
             return False
-        self._is_granted = True
         parts, info = self._parts, self._wanted.info
         errand = self._store.errand(info, self._span) if parts.courier.is_ready else None
         if errand is None:
             self._bring_otherwise()
-            return True  # and was given back
+            return False  # what is brought so asks for itself
+        self._is_granted = True
         self._errand = errand
         parts.fetcher.begin(self._marks)
         place = Place(self._wanted.digest, self._block, self._placing.inode)
         self._number = parts.courier.send(self._store, place, errand, self._ended)
+        if self._urgency < Priority.LOAD:
+            parts.courier.hasten(self._number, self._urgency)
         return True
 
     def _ended(self, outcome: Placed | RangeAnswer | TimeoutError | NotCarriedError) -> None:
@@ -192,9 +196,12 @@ class _Carriage:
         """Wherever it waits."""
         if self._task is not None:
             self._parts.fetcher.hasten(self._task, priority)
+        elif priority >= Priority.LOAD:
+            return  # another load: as urgent as it is
         elif self._errand is not None:
-            self._parts.courier.hasten(self._number)
+            self._parts.courier.hasten(self._number, priority)
         else:
+            self._urgency = min(self._urgency, priority)
             self._parts.fetcher.hasten(self.flight, priority)
 
     async def give_up(self) -> None:
@@ -224,7 +231,8 @@ class _Carriage:
     def _over(self, end: bool | BaseException | None) -> None:
         """Let the flight end so; None cancels it."""
         flight = self.flight
-        del self._parts.under_way[flight]
+        # Gone if it ended and was given up in one turn of the loop.
+        self._parts.under_way.pop(flight, None)
         if flight.done():  # cancelled: the node is closing
             return
         if end is None:

@@ -130,10 +130,10 @@ class Courier:
         if self._link is not None:
             self._link.take_back(number)
 
-    def hasten(self, number: int) -> None:
-        """Have the errand sent before all others, if it was not sent yet."""
+    def hasten(self, number: int, urgency: int) -> None:
+        """Have the errand sent before all others, if it was not sent yet: somebody of that urgency waits for it."""
         if self._link is not None:
-            self._link.say(message(Kind.HASTEN, number))
+            self._link.hasten(number, urgency)
 
     @property
     def carried(self) -> int:
@@ -250,6 +250,13 @@ class _Link(Conversation):
             self.say(message(Kind.CANCEL, number))
             sent.lane.end(1)
 
+    def hasten(self, number: int, urgency: int) -> None:
+        """See Courier."""
+        sent = self._errands.get(number)
+        if sent is not None:
+            self.say(message(Kind.HASTEN, number))
+            sent.lane.hasten(urgency)
+
     def _lane(self, store: PlacingStore, server: Server) -> tuple[int, Lane]:
         known = self._lanes.get((store, server))
         if known is None:
@@ -273,7 +280,9 @@ class _Link(Conversation):
         self._looking = None
         now = self._loop.time()
         late = [(number, sent) for number, sent in self._errands.items() if sent.until <= now]
-        if late and now - max(self._heard_at, late[0][1].asked_at) > _SILENT_S:
+        # One that has no turns has nothing to say.
+        asked = [sent.asked_at for _, sent in late if sent.lane.turns]
+        if asked and now - max(self._heard_at, asked[0]) > _SILENT_S:
             log.warning("the courier (pid %d) is silent and is ended", self._process.pid)
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
