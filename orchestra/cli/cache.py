@@ -29,7 +29,7 @@ def free(session: Session, paths: tuple[str, ...], force: bool, as_json: bool) -
     rows = []
     for path in paths:
         body = {"path": path, "force": force}
-        rows.append({"path": path, **session.client.daemon_request("POST", "/v1/free", body)})
+        rows.append({"path": path, **session.daemon_request("POST", "/v1/free", body)})
     if as_json:
         print_json(rows)
     else:
@@ -66,7 +66,7 @@ def pin(session: Session, paths: tuple[str, ...], partial: bool, as_json: bool) 
     if not partial:
         for path in paths:
             _check_fits(session, path)
-    rows = [{"path": path, **session.client.daemon_request("POST", "/v1/pins", {"path": path})} for path in paths]
+    rows = [{"path": path, **session.daemon_request("POST", "/v1/pins", {"path": path})} for path in paths]
     if as_json:
         print_json(rows)
         return
@@ -93,7 +93,7 @@ def _check_fits(session: Session, path: str) -> None:
 
 
 def _list_pins(session: Session, as_json: bool) -> None:
-    pins = session.client.daemon_request("GET", "/v1/pins")["pins"]
+    pins = session.daemon_request("GET", "/v1/pins")["pins"]
     if as_json:
         print_json(pins)
     else:
@@ -106,7 +106,7 @@ def _list_pins(session: Session, as_json: bool) -> None:
 def unpin(session: Session, paths: tuple[str, ...]) -> None:
     """Let what is cached below PATH leave again when room is needed."""
     for path in paths:
-        left = session.client.daemon_request("DELETE", f"/v1/pins?path={quote(path, errors='surrogateescape')}")
+        left = session.daemon_request("DELETE", f"/v1/pins?path={quote(path, errors='surrogateescape')}")
         if left["pinned_bytes"]:
             kept = format_size(left["pinned_bytes"])
             print_lines([f"{printable(path)}: unpinned; {kept} of it stay pinned by another pin (see: orchestra pin)"])

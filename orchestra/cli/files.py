@@ -174,14 +174,14 @@ def stat(session: Session, path: str, as_json: bool) -> None:
 
 def _is_pinned(session: Session, path: str) -> bool:
     """Whether a pin covers the path."""
-    answer = session.client.daemon_request("GET", "/v1/pins?sizes=no")
+    answer = session.daemon_request("GET", "/v1/pins?sizes=no")
     pins = [row["path"].rstrip("/") for row in answer["pins"]]
     return any(path == pin or path.startswith(f"{pin}/") for pin in pins)
 
 
 def _nodes_of(session: Session, path: str) -> list[dict[str, Any]]:
     """Return what each node of the cluster holds of a file."""
-    nodes: list[dict[str, Any]] = session.client.daemon_request("POST", "/v1/nodes/where", {"path": path})["nodes"]
+    nodes: list[dict[str, Any]] = session.daemon_request("POST", "/v1/nodes/where", {"path": path})["nodes"]
     return nodes
 
 
@@ -193,7 +193,7 @@ def _exact_time(mtime_ns: int) -> str:
 
 def _mount_of(session: Session, path: str) -> tuple[str, list[str]] | None:
     """Return the mount that covers `path` and its stores: the longest prefix."""
-    tables: list[dict[str, Any]] = session.client.daemon_request("GET", "/v1/mounts")["mounts"]
+    tables: list[dict[str, Any]] = session.daemon_request("GET", "/v1/mounts")["mounts"]
     covering = [
         table for table in tables if table["path"] == "/" or f"{path}/".startswith(f"{table['path'].rstrip('/')}/")
     ]

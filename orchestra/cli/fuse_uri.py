@@ -27,7 +27,7 @@ def attach_uri(session: Session, uri: str, options: tuple[str, ...], freshness: 
         given["freshness"] = freshness
     path = path_of(uri)
     wanted = to_wire(parse_mount(given | {"path": path}))
-    mounts = session.client.daemon_request("GET", ROUTE)["mounts"]
+    mounts = session.daemon_request("GET", ROUTE)["mounts"]
     same = next((mount for mount in mounts if _is_same(mount, wanted)), None)
     if same is not None:
         return str(same["path"])
@@ -35,7 +35,7 @@ def attach_uri(session: Session, uri: str, options: tuple[str, ...], freshness: 
         told = json.dumps([wanted["options"], wanted["freshness_s"]], sort_keys=True)
         scheme, _, rest = path[1:].partition("/")  # below the store's own path it would be seen as a name in it
         path = f"/{scheme}~{hashlib.sha256(told.encode()).hexdigest()[:8]}/{rest}"
-    session.client.daemon_request("POST", ROUTE, to_wire(parse_mount(given | {"path": path})))
+    session.daemon_request("POST", ROUTE, to_wire(parse_mount(given | {"path": path})))
     warn_of_secrets(given["options"])
     return path
 

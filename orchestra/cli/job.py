@@ -34,7 +34,7 @@ def job() -> None:
 @pass_session
 def list_jobs(session: Session, as_json: bool) -> None:
     """List the jobs, oldest first."""
-    jobs = session.client.daemon_request("GET", "/v1/jobs")["jobs"]
+    jobs = session.daemon_request("GET", "/v1/jobs")["jobs"]
     if as_json:
         print_json(jobs)
         return
@@ -86,7 +86,7 @@ def wait(session: Session, job_id: str, as_json: bool) -> None:
 @pass_session
 def stop(session: Session, job_id: str) -> None:
     """Stop a job; what is cached stays."""
-    found = session.client.daemon_request("POST", f"/v1/jobs/{quote(job_id, safe='')}/stop", {})
+    found = session.daemon_request("POST", f"/v1/jobs/{quote(job_id, safe='')}/stop", {})
     click.echo(f"job {found['id']}: {found['state']}")
 
 
@@ -171,4 +171,4 @@ def _draw(line: str, is_terminal: bool) -> None:
 
 def _ask(session: Session, job_id: str, *, wait_s: float = 0) -> dict[str, Any]:
     query = f"?wait_s={wait_s}" if wait_s else ""
-    return session.client.daemon_request("GET", f"/v1/jobs/{quote(job_id, safe='')}{query}")
+    return session.daemon_request("GET", f"/v1/jobs/{quote(job_id, safe='')}{query}")

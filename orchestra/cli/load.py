@@ -69,7 +69,7 @@ def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: s
 
 
 def _submit(session: Session, body: dict[str, Any]) -> dict[str, Any]:
-    return wait_planned(session, session.client.daemon_request("POST", "/v1/jobs", body))
+    return wait_planned(session, session.daemon_request("POST", "/v1/jobs", body))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def mount() -> None:
 def add(session: Session, /, path: str, uris: tuple[str, ...], options: tuple[str, ...], **given: Any) -> None:
     """Attach the store at URI at PATH; more URIs name copies of the same data, tried in order."""
     table = _given(given) | {"path": path, "uris": list(uris), "options": parsed_options(options)}
-    session.client.daemon_request("POST", ROUTE, to_wire(parse_mount(table)))
+    session.daemon_request("POST", ROUTE, to_wire(parse_mount(table)))
     warn_of_secrets(table["options"])
 
 
@@ -82,7 +82,7 @@ def add(session: Session, /, path: str, uris: tuple[str, ...], options: tuple[st
 @pass_session
 def list_mounts(session: Session, as_json: bool) -> None:
     """List the mounts."""
-    mounts = [_shown(table) for table in session.client.daemon_request("GET", ROUTE)["mounts"]]
+    mounts = [_shown(table) for table in session.daemon_request("GET", ROUTE)["mounts"]]
     if as_json:
         print_json(mounts)
         return
@@ -107,7 +107,7 @@ def list_mounts(session: Session, as_json: bool) -> None:
 def remove(session: Session, path: str) -> None:
     """Detach the store at PATH; nothing in the store changes."""
     path = path.rstrip("/") or "/"
-    session.client.daemon_request("DELETE", f"{ROUTE}?path={quote(path, errors='surrogateescape')}")
+    session.daemon_request("DELETE", f"{ROUTE}?path={quote(path, errors='surrogateescape')}")
 
 
 @mount.command()
@@ -126,7 +126,7 @@ def update(
     **given: Any,
 ) -> None:
     """Change what is given of the mount at PATH, and keep the rest."""
-    mounts = session.client.daemon_request("GET", ROUTE)["mounts"]
+    mounts = session.daemon_request("GET", ROUTE)["mounts"]
     path = path.rstrip("/") or "/"
     current = next((table for table in mounts if table["path"] == path), None)
     if current is None:
@@ -138,7 +138,7 @@ def update(
     changes = {name: checked[name] for name in _names(given)}  # None for a limit that is to be no more
     body = {name: current[name] for name in FIELDS if name in current} | changes
     body |= {"uris": checked["uris"], "options": kept | checked["options"]}
-    session.client.daemon_request("PUT", ROUTE, body)
+    session.daemon_request("PUT", ROUTE, body)
     warn_of_secrets(table["options"])
 
 

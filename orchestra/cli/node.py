@@ -31,7 +31,7 @@ def node() -> None:
 @pass_session
 def list_nodes(session: Session, as_json: bool) -> None:
     """List the nodes: their state, what they hold, and their share of the ring."""
-    found = session.client.daemon_request("GET", ROUTE)
+    found = session.daemon_request("GET", ROUTE)
     if as_json:
         print_json(found)
         return
@@ -61,7 +61,7 @@ def drain(session: Session, name: str, wait: bool) -> None:
 
     Reads go on, at that node too. It stays drained when its daemon restarts, until `orchestra node undrain`.
     """
-    told = session.client.daemon_request("POST", f"{ROUTE}/drain", {"node": name})
+    told = session.daemon_request("POST", f"{ROUTE}/drain", {"node": name})
     row = _row_of(session, told["node_id"])
     while wait and row["state"] != "drained":
         if row["state"] not in ("draining", "up"):
@@ -78,12 +78,12 @@ def drain(session: Session, name: str, wait: bool) -> None:
 @pass_session
 def undrain(session: Session, name: str) -> None:
     """Let NODE (this one) own its share of the ring again."""
-    told = session.client.daemon_request("POST", f"{ROUTE}/drain", {"node": name, "undo": True})
+    told = session.daemon_request("POST", f"{ROUTE}/drain", {"node": name, "undo": True})
     click.echo(f"node {told['node_id']}: owns its share again")
 
 
 def _row_of(session: Session, node_id: str) -> dict[str, Any]:
-    nodes: list[dict[str, Any]] = session.client.daemon_request("GET", ROUTE)["nodes"]
+    nodes: list[dict[str, Any]] = session.daemon_request("GET", ROUTE)["nodes"]
     for one in nodes:
         if one["node_id"] == node_id:
             return one

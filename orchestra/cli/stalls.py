@@ -26,7 +26,7 @@ def stalls(session: Session, as_json: bool) -> None:
     Since the daemon started, by cause: store, peers (other nodes), disk, queue, look-ups. Seconds are added up over all
     readers: eight workers that wait one second each waited eight.
     """
-    answer = session.client.daemon_request("GET", "/v1/stalls")
+    answer = session.daemon_request("GET", "/v1/stalls")
     figures = NodeFigures.from_json(answer["figures"])
     if as_json:
         print_json({**answer, "advice": node_advice(figures)})

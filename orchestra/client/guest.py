@@ -15,6 +15,7 @@ from typing import NoReturn, TypeVar
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.reader import LocalObject
+from orchestra.client.asking import answer_timeout_s
 from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.directory import NodeDirectory
 from orchestra.client.handle import NodeHandle
@@ -58,7 +59,7 @@ class GuestClient(NodeClient):
         owner = foreign_owner(self.config.cache.dir)
         own = self._connection
         self._connection = DaemonConnection(
-            str(self._layout.guest_socket), timeout_s=self._answer_timeout_s, owner_uid=owner
+            str(self._layout.guest_socket), timeout_s=answer_timeout_s(self.config), owner_uid=owner
         )
         own.close()
 

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.blocks.reader import LocalObject
+from orchestra.client.asking import answer_timeout_s, with_daemon
 from orchestra.client.changes import NodeChanges
 from orchestra.client.contract import READ_MANY_AT_ONCE
 from orchestra.client.directory import NodeDirectory, directory_at, entry_at
 from orchestra.client.handle import NodeHandle
 from orchestra.client.many import read_many
 from orchestra.client.memory import keep_freed_memory
-from orchestra.client.process import start_daemon
 from orchestra.client.small import SmallReads
 from orchestra.client.stream import MissStream
 from orchestra.client.wire import ConnectionLostError, DaemonConnection, entry_from_wire, range_to_wire
@@ -51,10 +51,6 @@ _NAMESPACE_RECHECK_NS = 5_000_000
 # Above all mounts only `mount add` changes anything; a minute is soon enough to see it.
 _TABLE_FRESHNESS_S = 60.0
 _FRESHNESS_STEPS = 64
-# A daemon that dies this often within one request will not answer it: something kills it, or the request does.
-_DAEMON_TRIES_MAX = 6
-# Above the fetch deadline of the daemon: it answers with the real reason before we give up on it.
-_ANSWER_MARGIN_S = 30.0
 
 T = TypeVar("T")
 
@@ -89,16 +85,12 @@ class NodeClient:
         self._namespace: _Namespace | None = None
         self._namespace_path = str(self._layout.namespace)
         self._checked_ns = -_NAMESPACE_RECHECK_NS
-        self._connection = DaemonConnection(str(self._layout.socket), timeout_s=self._answer_timeout_s)
+        self._connection = DaemonConnection(str(self._layout.socket), timeout_s=answer_timeout_s(self.config))
         self._metadata = MetadataReader(
             self._layout.listing_file, self._layout.attr_file, clock=self._clock, boot_id=self._boot_id
         )
         self._ring: AccessRing | None = None
         self._ring_lock = threading.Lock()
-
-    @property
-    def _answer_timeout_s(self) -> float:
-        return self.config.fetch.deadline_s + _ANSWER_MARGIN_S
 
     # -- metadata --------------------------------------------------------------------------------------------------
 
@@ -410,24 +402,7 @@ class NodeClient:
     def _with_daemon(self, call: Callable[[DaemonConnection], T], *, start: bool = True) -> T:
         if self._pid != os.getpid():
             self._after_fork()
-        may_start = start and self.config.daemon.autostart
-        tries = 0
-        while True:
-            try:
-                return call(self._connection)
-            except ConnectionLostError as lost:
-                # The daemon may be another one by now, or have broken off an answer that it could not finish.
-                tries += 1
-                if tries >= (_DAEMON_TRIES_MAX if may_start else 2):
-                    if may_start:
-                        text = f"the daemon went away {tries} times: {lost}; see {self._layout.log}"
-                    else:
-                        text = (
-                            f"no daemon runs for cache.dir {self._layout.root}; start one with: orchestra daemon start"
-                        )
-                    raise DaemonUnavailableError(text) from lost
-            if may_start:
-                start_daemon(self.config, autostarted=True)
+        return with_daemon(self.config, self._connection, call, start=start)
 
     def close(self) -> None:
         """See Client."""

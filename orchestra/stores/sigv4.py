@@ -34,6 +34,8 @@ def encode_path(path: str) -> str:
 
 def encode_query(parameters: Sequence[tuple[str, str]]) -> str:
     """Return the canonical query: sorted, every byte but unreserved ones percent-encoded."""
+    if not parameters:
+        return ""
     pairs = [(quote(name, safe=_UNRESERVED), quote(value, safe=_UNRESERVED)) for name, value in parameters]
     return "&".join(f"{name}={value}" for name, value in sorted(pairs))
 
@@ -63,6 +65,10 @@ def _signing_key(secret: str, day: str, region: str) -> bytes:
     return key
 
 
+def _with_single_spaces(value: str) -> str:
+    return " ".join(value.split()) if " " in value else value
+
+
 def signed_headers(request: Request, credentials: Credentials, *, region: str, wall_s: float) -> dict[str, str]:
     """Return all headers to send: those of the request, the date, the payload's hash, and Authorization."""
     stamp = _stamp(int(wall_s))
@@ -71,8 +77,7 @@ def signed_headers(request: Request, credentials: Credentials, *, region: str, w
         headers["x-amz-security-token"] = credentials.session_token
     ordered = sorted(headers)
     names = ";".join(ordered)
-    # Runs of spaces count as one; headers of ours have none.
-    lines = "\n".join([f"{name}:{' '.join(headers[name].split())}" for name in ordered])
+    lines = "\n".join([f"{name}:{_with_single_spaces(headers[name])}" for name in ordered])
     canonical = f"{request.method}\n{request.path}\n{request.query}\n{lines}\n\n{names}\n{EMPTY_SHA256}"
     scope = f"{stamp[:8]}/{region}/s3/aws4_request"
     to_sign = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"

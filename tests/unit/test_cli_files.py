@@ -60,6 +60,7 @@ def client(store: Path, monkeypatch: pytest.MonkeyPatch) -> NodeFolder:
     """Let the command line use the folder."""
     client = NodeFolder(store)
     monkeypatch.setattr("orchestra.client.connect.connect", lambda config: client)
+    monkeypatch.setattr("orchestra.client.asking.DaemonAsker.request", lambda self, *args: client.daemon_request(*args))
     return client
 
 

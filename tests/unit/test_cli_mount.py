@@ -45,7 +45,7 @@ class RecordingClient:
 def client(monkeypatch: pytest.MonkeyPatch) -> RecordingClient:
     """Let the command line talk to it."""
     client = RecordingClient()
-    monkeypatch.setattr("orchestra.client.connect.connect", lambda config: client)
+    monkeypatch.setattr("orchestra.client.asking.DaemonAsker.request", lambda self, *args: client.daemon_request(*args))
     return client
 
 

@@ -120,7 +120,8 @@ class PlanPolicy:
         """See EvictionPolicy."""
         if name not in self._held:
             self._held.add(name)
-            self._set_due((name,))
+            if self._plans:
+                self._set_due((name,))
         if name not in self._due:
             self._fallback.add(name)
 
