@@ -203,32 +203,44 @@ class Loader:
 
     def _begin(self, loading: _Loading, wanted: Wanted) -> None:
         flight: bool | asyncio.Future[bool] | asyncio.Task[bool | OrchestraError]
-        begun_ns = 0
+        size_bytes, begun_ns = wanted.byte_range.length, 0
         if self._pace is not None or self._engine.holds_some(wanted):
             assert self._tasks is not None, "pieces are begun while it runs"
-            flight = self._tasks.create_task(self._bring(wanted))
-        elif not self._has_room(wanted.byte_range.length):
+            flight, size_bytes = self._tasks.create_task(self._bring(wanted)), 0  # it counts itself
+        elif not self._has_room(size_bytes):
             flight = False
         else:
-            if not self._engine.is_coming(wanted):
-                begun_ns = self._clock.now_ns()  # else the time says when a reader asked
+            begun_ns = self._begun_ns(wanted)
             flight = self._engine.fetch_soon(wanted, self.priority)
         if isinstance(flight, bool):
             self._take_end(loading, wanted, flight)
             return
         self._running += 1
-        self.bytes_in_flight += wanted.byte_range.length
-        flight.add_done_callback(partial(self._land, loading, wanted, begun_ns))
+        self.bytes_in_flight += size_bytes
+        flight.add_done_callback(partial(self._land, loading, wanted, size_bytes, begun_ns))
 
     def _land(
-        self, loading: _Loading, wanted: Wanted, begun_ns: int, flight: asyncio.Future[bool | OrchestraError]
+        self,
+        loading: _Loading,
+        wanted: Wanted,
+        size_bytes: int,
+        begun_ns: int,
+        flight: asyncio.Future[bool | OrchestraError],
     ) -> None:
         self._running -= 1
-        self.bytes_in_flight -= wanted.byte_range.length
-        if begun_ns and len(self._answers) < ANSWERS_MAX and not flight.cancelled() and flight.exception() is None:
-            self._answers.append((self._clock.now_ns() - begun_ns, wanted.byte_range.length))
+        self.bytes_in_flight -= size_bytes
+        if not flight.cancelled() and flight.exception() is None:
+            self._note_answer(begun_ns, size_bytes)
         self._landed.append((loading, wanted, flight))
         self._woken.set()
+
+    def _begun_ns(self, wanted: Wanted) -> int:
+        """Now, or 0 where the time would say when a reader asked."""
+        return 0 if self._engine.is_coming(wanted) else self._clock.now_ns()
+
+    def _note_answer(self, begun_ns: int, size_bytes: int) -> None:
+        if begun_ns and len(self._answers) < ANSWERS_MAX:
+            self._answers.append((self._clock.now_ns() - begun_ns, size_bytes))
 
     def _settle(self) -> None:
         """See what became of the pieces that have landed. Raises what is no error of a file's."""
@@ -260,8 +272,17 @@ class Loader:
         try:
             if self._pace is not None and self._engine.lacks(wanted):  # what is here takes nothing of the link
                 await asyncio.sleep(self._pace.wait_s(size_bytes))
-            # Ends with us, also while it looks at files; what it has begun to fetch goes on.
-            return self._has_room(size_bytes) and await self._engine.ensure(wanted, self.priority)
+            if not self._has_room(size_bytes):
+                return False
+            begun_ns = 0 if self._engine.holds_some(wanted) else self._begun_ns(wanted)
+            self.bytes_in_flight += size_bytes
+            try:
+                # Ends with us, also while it looks at files; what it has begun to fetch goes on.
+                is_kept = await self._engine.ensure(wanted, self.priority)
+            finally:
+                self.bytes_in_flight -= size_bytes
+            self._note_answer(begun_ns, size_bytes)
+            return is_kept
         except OrchestraError as error:
             return error
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from orchestra.errors import OrchestraError
 from orchestra.fetch.budget import Priority
 from orchestra.prefetch.loading import Loader
-from orchestra.prefetch.tree import Page, file_at
+from orchestra.prefetch.pace import Pace
+from orchestra.prefetch.tree import Page, TreeFile, file_at
 from tests.support.node import PATIENCE_S, thread_node
 from tests.support.ram import ram_folder
 from tests.support.versioned_store import VersionedStore
@@ -67,3 +69,37 @@ def test_a_load_that_is_cancelled_while_it_looks_at_files_leaves_nothing_behind(
 
         assert node.run(play()) == 0
     assert len(store.reads) == 1
+
+
+class _Silent:
+    """Wants to know nothing."""
+
+    def on_done(self, file: TreeFile) -> None:
+        """See LoadObserver."""
+
+    def on_failed(self, path: str, error: OrchestraError) -> None:
+        """See LoadObserver."""
+        raise AssertionError(f"{path}: {error}")
+
+
+@pytest.mark.parametrize("is_paced", [False, True], ids=["as fast as it may", "paced"])
+def test_answers_are_timed_however_a_piece_is_begun(tmp_path: Path, store: VersionedStore, is_paced: bool) -> None:
+    """What steers a load learns of each file that was fetched, and of none that was here; nothing is in flight then."""
+    paths = put_tree(store, 5)
+    with thread_node(tmp_path, store) as node:
+        engine, clock = node.node.engine, node.node.clock
+
+        async def play() -> tuple[int, int]:
+            async def pages() -> AsyncGenerator[Page, None]:
+                yield Page(tuple([file_at(engine, path, await engine.stat(path)) for path in paths]))
+
+            pace = Pace(1e9, clock) if is_paced else None
+            loader = Loader(
+                engine, node.node.geometry, _Silent(), priority=Priority.LOAD, limit=2, clock=clock, pace=pace
+            )
+            assert await loader.run(pages())
+            return len(loader.take_answers()), loader.bytes_in_flight
+
+        assert node.run(play()) == (5, 0)
+        assert node.run(play()) == (0, 0)
+    assert len(store.reads) == 5
