@@ -33,6 +33,8 @@ from orchestra.values import ByteRange, EntryKind
 _VERSIONS_MAX = 3
 # Answers timed between two looks at them; more say nothing new.
 ANSWERS_MAX = 1000
+# Pieces that are begun, or found to be here, in one turn of the loop: some milliseconds.
+_BEGUN_AT_ONCE = 256
 
 
 class LoadObserver(Protocol):
@@ -178,7 +180,9 @@ class Loader:
         try:
             while True:
                 self._settle()
-                self._begin_pieces()
+                if not self._begin_pieces():
+                    await asyncio.sleep(0)
+                    continue
                 is_last = self.is_full or self._is_ending or (self._is_fed and not self._waiting)
                 if is_last and not self._running:
                     return
@@ -187,10 +191,12 @@ class Loader:
         finally:
             self.end_early()  # nobody waits for what is not going on
 
-    def _begin_pieces(self) -> None:
-        """Begin as many as may be under way."""
+    def _begin_pieces(self) -> bool:
+        """Begin as many as may be under way; False if others are to have the loop before there are."""
         waiting = self._waiting
-        while waiting and self._running < self.limit and not self.is_full:
+        for _ in range(_BEGUN_AT_ONCE):
+            if not waiting or self._running >= self.limit or self.is_full:
+                return True
             loading = waiting[0]
             wanted, is_last = loading.cut(self._piece_bytes)
             if is_last or loading.is_over:
@@ -199,12 +205,16 @@ class Loader:
                     self._is_low.set()
             if not loading.is_over:
                 self._begin(loading, wanted)
-        self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
+                self.pieces_in_flight_max = max(self.pieces_in_flight_max, self._running)
+        return False
 
     def _begin(self, loading: _Loading, wanted: Wanted) -> None:
         flight: bool | asyncio.Future[bool] | asyncio.Task[bool | OrchestraError]
         size_bytes, begun_ns = wanted.byte_range.length, 0
-        if self._pace is not None or self._engine.holds_some(wanted):
+        is_held = self._engine.holds_some(wanted)
+        if is_held and not self._engine.lacks(wanted):
+            flight = self._has_room(size_bytes)
+        elif is_held or self._pace is not None:
             assert self._tasks is not None, "pieces are begun while it runs"
             flight, size_bytes = self._tasks.create_task(self._bring(wanted)), 0  # it counts itself
         elif not self._has_room(size_bytes):
@@ -270,7 +280,7 @@ class Loader:
         """A piece that has to wait, or be looked for, before it is asked for."""
         size_bytes = wanted.byte_range.length
         try:
-            if self._pace is not None and self._engine.lacks(wanted):  # what is here takes nothing of the link
+            if self._pace is not None:  # what is here takes nothing of the link, and no task
                 await asyncio.sleep(self._pace.wait_s(size_bytes))
             if not self._has_room(size_bytes):
                 return False
