@@ -146,7 +146,7 @@ class RequestWindow:
             if ticket == self._cuts:
                 self._limit = max(1.0, self._limit / 2)
                 self._cuts += 1
-        elif succeeded:
+        elif succeeded and self._limit < self._requests_max:
             before = self.limit
             self._limit = min(float(self._requests_max), self._limit + 1 / self._limit)
             if self.limit > before:
