@@ -203,3 +203,28 @@ def test_whatever_happens_the_gauge_comes_back_to_zero(steps: list[tuple[str, in
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(play())
+
+
+def test_who_takes_without_a_task_waits_as_one_does() -> None:
+    """By urgency and age, raised under the name that was given; who says no any more leaves it to the next."""
+    budget, order = ByteBudget(80), list[str]()
+
+    def take(name: str, size: int, priority: Priority, *, wants: bool = True) -> None:
+        def granted() -> bool:
+            order.append(name)
+            return wants
+
+        budget.take(name, size, priority, granted)
+
+    take("first", 70, Priority.LOAD)
+    take("declined", 10, DEMAND, wants=False)
+    for name in ("second", "third", "fourth"):
+        take(name, 70, Priority.LOAD, wants=name != "second")
+    budget.hasten("fourth", Priority.PLAN)
+    assert (order, budget.used_bytes, budget.waiting_count) == (["first", "declined"], 70, 3)
+    budget.release(70)
+    assert (order[2:], budget.used_bytes) == (["fourth"], 70)
+    budget.release(70)
+    assert (order[3:], budget.used_bytes) == (["second", "third"], 70)
+    budget.release(70)
+    assert (budget.used_bytes, budget.waiting_count) == (0, 0)
