@@ -295,6 +295,10 @@ class Engine:
         """Whether some of these bytes are not here; looks at files where there may be some of them."""
         if not self.holds_some(wanted):
             return True
+        touched = self.geometry.blocks_of(wanted.byte_range)
+        missing_now = self.blocks.missing_in_filling(wanted.digest, wanted.info.size_bytes, touched)
+        if missing_now is not None:
+            return bool(missing_now)
         local = self.blocks.open_object(wanted.digest, wanted.info.size_bytes)
         try:
             return bool(local.missing_blocks(wanted.byte_range))
