@@ -37,6 +37,7 @@ class Notices:
         self._socket: socket.socket | None = None
         self._unanswered = 0
         self._pid = 0
+        self._is_closed = False
 
     def expire(self, path: str, *, within_s: float | None = None) -> None:
         """Have the kernel look `path` up again at its next use, also if it knows that nothing is there.
@@ -52,7 +53,8 @@ class Notices:
         if not self._lock.acquire(timeout=-1 if within_s is None else within_s):
             return
         try:
-            self._send(expire_entry_message(parent, os.fsencode(name), self.flags), within_s)
+            if not self._is_closed:
+                self._send(expire_entry_message(parent, os.fsencode(name), self.flags), within_s)
         finally:
             self._lock.release()
 
@@ -90,8 +92,9 @@ class Notices:
         self._table.memory.put(CHANGES_SEEN, changes.position + 1)
 
     def close(self) -> None:
-        """Let the process end."""
+        """Let the process end. What still changes is told to nobody: the device's number may be another file's."""
         with self._lock:
+            self._is_closed = True
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None

@@ -148,6 +148,16 @@ def test_a_kernel_that_is_too_old_is_refused(folder: Path) -> None:
     assert "7.31" in str(kernel.session.refusal)
 
 
+def test_what_changes_after_the_end_is_told_to_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that comes when the session has ended begins no process: the device's number may be another file's."""
+    kernel = Kernel(folder)
+    kernel.init()
+    kernel.lookup(b"a")
+    kernel.close()
+    monkeypatch.setattr("orchestra.fuse.children.spawn", lambda *_, **__: pytest.fail("a process was begun"))
+    kernel.session.notices.expire("/a")
+
+
 def test_every_opcode_is_answered(kernel: Kernel) -> None:
     """Whatever the body: a request that stays unanswered would hang its caller for ever."""
     for opcode in range(OPCODE_COUNT + 20):
