@@ -33,9 +33,10 @@ _ERROR_BODY_BYTES_MAX = 64 * 1024
 _CONNECT_TIMEOUT_S = 10.0
 # How often a stall timeout is looked at: a connection without a byte is given up after 1 to 1.25 times that.
 _STALL_LOOKS = 4
-# Bodies from this size on are received into memory that was used before; so much of it is kept while requests go on.
+# Bodies from this size on are received into memory that was used before; so much of it is kept while requests go on:
+# more than the 32 blocks of 4 MiB that may be in flight, else each takes the place of one that is still in use.
 _KEPT_BYTES_MIN = 1024 * 1024
-_KEPT_MAX = 24
+_KEPT_MAX = 36
 # The list of kept ones, the loop's variable, and the argument of getrefcount itself.
 _REFERENCES_WHEN_FREE = 3
 # Idle connections kept per store; the limiter bounds those in use.
