@@ -85,8 +85,8 @@ class Carrying(Conversation):
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.BaseProtocol: the daemon has ended, or wants us no more. Nor is anything more of the store wanted:
-        what it sends while this process goes would be paid for, and is lost."""
+        """See asyncio.BaseProtocol: the daemon has ended, or wants us no more. So nothing more is wanted of the store:
+        what it sends while this process ends would be paid for, and is lost."""
         for lane in self._lanes.values():
             lane.waiting.clear()
             for take_back in lane.under_way.values():
