@@ -19,7 +19,6 @@ import ssl
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -54,9 +53,6 @@ log = logging.getLogger(__name__)
 
 # As in the daemon (daemon/main.py): what is in flight need not be looked at for every few files.
 _NEW_OBJECTS_MAX = 10_000
-# As in the daemon: up to this size a thread's hand-over costs more than the write.
-_INLINE_WRITE_BYTES_MAX = 256 * 1024
-_WRITERS = 2
 
 
 class _Lane:
@@ -81,7 +77,6 @@ class Carrying(Conversation):
         self._servers: dict[int, Server] = {}
         self._lanes: dict[int, _Lane] = {}
         self._lane_of: dict[int, int] = {}  # of an errand
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="blocks")
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -161,22 +156,14 @@ class Carrying(Conversation):
     ) -> None:
         del lane.under_way[number]
         self._go_on(self._lane_of.pop(number))  # first, so that the store works while we do
-        if errand.byte_range.length <= _INLINE_WRITE_BYTES_MAX:
-            self.say(self._report(number, place, errand, outcome))
-        else:  # a disk that takes its time must not keep the others from being received
-            reported = self._loop.run_in_executor(self._writers, self._report, number, place, errand, outcome)
-            reported.add_done_callback(lambda done: self.say(done.result()))
-
-    def _report(self, number: int, place: Place, errand: Errand, outcome: RangeAnswer | BaseException) -> bytes:
-        """Write what came; return what is said of it. In any thread."""
         try:
-            return self._said(number, place, errand, outcome)
+            self.say(self._said(number, place, errand, outcome))
         except (NotPlainError, OSError, ssl.SSLError, OrchestraError):
             # The daemon tries itself then, and says what fails in its own words.
-            return message(Kind.FAILED, number)
+            self.say(message(Kind.FAILED, number))
         except Exception:  # the errand's outermost frame: one without an answer would be waited for
             log.exception("an errand failed for a reason that nobody thought of")
-            return message(Kind.FAILED, number)
+            self.say(message(Kind.FAILED, number))
 
     def _said(self, number: int, place: Place, errand: Errand, outcome: RangeAnswer | BaseException) -> bytes:
         if isinstance(outcome, TimeoutError):
