@@ -41,7 +41,7 @@ from orchestra.engine.courier_wire import (
 from orchestra.engine.lanes import Lane
 from orchestra.stores.carrying import Errand, NotCarriedError, PlacingStore, Server
 from orchestra.stores.range_client import RangeAnswer
-from orchestra.stores.timeout import FLOOR_BYTES_PER_S
+from orchestra.stores.timeout import attempt_limit_s
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class _Link(Conversation):
         limit_s = errand.server.stall_timeout_s
         now = self._loop.time()
         # As long as a request may take; and as long again, because it may wait behind others.
-        until = now + 2 * (limit_s + errand.byte_range.length / FLOOR_BYTES_PER_S)
+        until = now + 2 * attempt_limit_s(limit_s, errand.byte_range.length)
         self._errands[number] = _Sent(ended, lane, now, until)
         self.say(carry_message(number, index, place, errand))
         lane.begin()

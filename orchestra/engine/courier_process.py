@@ -58,8 +58,8 @@ _NEW_OBJECTS_MAX = 10_000
 class _Lane:
     """The errands of one store: those under way, and those that wait for one of its turns."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, index: int, server: Server) -> None:
+        self.index = index
         self.client = _client_of(server)
         self.turns = 0
         self.shed = 0  # turns to give back as soon as nothing is under way in them
@@ -76,7 +76,7 @@ class Carrying(Conversation):
         self._geometry = Geometry(4096, 4096)
         self._servers: dict[int, Server] = {}
         self._lanes: dict[int, _Lane] = {}
-        self._lane_of: dict[int, int] = {}  # of an errand
+        self._lane_of: dict[int, _Lane] = {}  # of an errand
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -92,31 +92,33 @@ class Carrying(Conversation):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
-        called: set[int] = set()
+        called: set[_Lane] = set()
         for kind, number, body in self._messages.feed(data):
             match kind:
                 case Kind.CARRY:
                     index, place, errand = unpack_carry(body, self._servers)
-                    self._lanes[index].waiting[number] = (place, errand)
-                    self._lane_of[number] = index
-                    called.add(index)
+                    lane = self._lane_of[number] = self._lanes[index]
+                    lane.waiting[number] = (place, errand)
+                    called.add(lane)
                 case Kind.GRANT:
-                    self._lanes[number].turns += unpack_turns(body)
-                    called.add(number)
+                    lane = self._lanes[number]
+                    lane.turns += unpack_turns(body)
+                    called.add(lane)
                 case Kind.SHED:
-                    self._lanes[number].shed += unpack_turns(body)
-                    called.add(number)
+                    lane = self._lanes[number]
+                    lane.shed += unpack_turns(body)
+                    called.add(lane)
                 case Kind.HASTEN:
                     self._hasten(number)
                 case Kind.CANCEL:
                     self._cancel(number)
                 case Kind.SERVER:
                     self._servers[number] = server = server_of(body)
-                    self._lanes[number] = _Lane(server)
+                    self._lanes[number] = _Lane(number, server)
                 case Kind.SETUP:
                     self._set_up(setup_of(body))
-        for index in called:
-            self._go_on(index)
+        for lane in called:
+            self._go_on(lane)
 
     def _set_up(self, setup: Setup) -> None:
         self._geometry = Geometry(setup.block_size_bytes, setup.extent_size_bytes)
@@ -125,37 +127,32 @@ class Carrying(Conversation):
         self.say(message(Kind.READY, 0))
 
     def _hasten(self, number: int) -> None:
-        index = self._lane_of.get(number)
-        if index is not None and number in self._lanes[index].waiting:
-            self._lanes[index].waiting.move_to_end(number, last=False)
+        lane = self._lane_of.get(number)
+        if lane is not None and number in lane.waiting:
+            lane.waiting.move_to_end(number, last=False)
 
     def _cancel(self, number: int) -> None:
-        index = self._lane_of.pop(number, None)
-        if index is None:
-            return
-        lane = self._lanes[index]
-        if lane.waiting.pop(number, None) is None:
+        lane = self._lane_of.pop(number, None)
+        if lane is not None and lane.waiting.pop(number, None) is None:
             lane.under_way.pop(number)()
-            self._go_on(index)
+            self._go_on(lane)
 
-    def _go_on(self, index: int) -> None:
+    def _go_on(self, lane: _Lane) -> None:
         """Give back the turns that are wanted back, and send what there are turns for."""
-        lane = self._lanes[index]
         returned = min(lane.shed, lane.turns - len(lane.under_way))
         if returned > 0:
             lane.turns -= returned
             lane.shed -= returned
-            self.say(turns_message(Kind.RETURNED, index, returned))
+            self.say(turns_message(Kind.RETURNED, lane.index, returned))
         while lane.waiting and len(lane.under_way) < lane.turns:
             number, (place, errand) = lane.waiting.popitem(last=False)
-            ended = partial(self._ended, number, lane, place, errand)
+            ended = partial(self._ended, number, place, errand)
             lane.under_way[number] = lane.client.send_soon(errand.request, errand.byte_range, ended)
 
-    def _ended(
-        self, number: int, lane: _Lane, place: Place, errand: Errand, outcome: RangeAnswer | BaseException
-    ) -> None:
+    def _ended(self, number: int, place: Place, errand: Errand, outcome: RangeAnswer | BaseException) -> None:
+        lane = self._lane_of.pop(number)
         del lane.under_way[number]
-        self._go_on(self._lane_of.pop(number))  # first, so that the store works while we do
+        self._go_on(lane)  # first, so that the store works while we do
         try:
             self.say(self._said(number, place, errand, outcome))
         except (NotPlainError, OSError, ssl.SSLError, OrchestraError):

@@ -8,6 +8,9 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
+
+from orchestra.stores.limit import grant
 
 
 class Priority(IntEnum):
@@ -61,24 +64,17 @@ class ByteBudget:
         if self._is_free(size_bytes, priority):
             self._grant(size_bytes)
             return
-        grant: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def granted() -> bool:
-            if not grant.done():
-                grant.set_result(None)
-                return True
-            return False
-
-        waiter = _Waiter(priority, next(self._serial), size_bytes, granted, asyncio.current_task())
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(priority, next(self._serial), size_bytes, partial(grant, granted), asyncio.current_task())
         heapq.heappush(self._waiters, waiter)
         self._wake()
         try:
-            await grant
+            await granted
         except asyncio.CancelledError:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
                 heapq.heapify(self._waiters)
-            elif grant.done() and not grant.cancelled():
+            elif granted.done() and not granted.cancelled():
                 self.release(size_bytes)  # granted and cancelled at the same moment
             self._wake()
             raise

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TypeVar
 
 from orchestra.stores.carrying import Errand, Outcome, PlacesThrough
@@ -43,6 +44,14 @@ def hasten(task: asyncio.Task[Any], urgency: int) -> None:
     window = _WAITING.get(task)
     if window is not None:
         window.hasten(task, urgency)
+
+
+def grant(waiting: asyncio.Future[None]) -> bool:
+    """Tell a task that its turn is there; False if it does not wait any more."""
+    if waiting.done():
+        return False
+    waiting.set_result(None)
+    return True
 
 
 class RequestWindow:
@@ -75,13 +84,7 @@ class RequestWindow:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         task = asyncio.current_task()
         assert task is not None, "only tasks wait"
-
-        def granted() -> bool:
-            if not turn.done():
-                turn.set_result(None)
-                return True
-            return False
-
+        granted: Callable[[], bool] = partial(grant, turn)
         heapq.heappush(self._waiters, (urgency, next(self._serial), granted, task))
         _WAITING[task] = self
         try:

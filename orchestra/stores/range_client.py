@@ -130,18 +130,17 @@ class RangeClient:
 
     async def _exchange(self, connection: _Connection, request: bytes, wanted: ByteRange) -> RangeAnswer:
         done: asyncio.Future[RangeAnswer] = asyncio.get_running_loop().create_future()
+        is_well = False
         try:
             self.begin_on(connection, request, wanted, partial(_settle, done))
             answer = await done
-        except BaseException:
-            connection.abort()
-            raise
+            is_well = True
         finally:
-            self._busy.discard(connection)
-        self._put_back(connection)
+            self.end_on(connection, is_well=is_well)
         return answer
 
     def begin_on(self, connection: _Connection, request: bytes, wanted: ByteRange, ended: Ended) -> None:
+        """Send a request on it, and look for stalls until `end_on`. Raises ConnectionClosedError."""
         self._busy.add(connection)
         if self._timer is None:
             self._look_later()
@@ -150,8 +149,8 @@ class RangeClient:
     def end_on(self, connection: _Connection, *, is_well: bool) -> None:
         """Nothing is under way on it any more."""
         self._busy.discard(connection)
-        if is_well:
-            self._put_back(connection)
+        if is_well and connection.is_usable and not self._is_closed and len(self._idle) < _IDLE_MAX:
+            self._idle.append(connection)
         else:
             connection.abort()
 
@@ -161,12 +160,6 @@ class RangeClient:
             if connection.is_usable:
                 return connection
         return None
-
-    def _put_back(self, connection: _Connection) -> None:
-        if connection.is_usable and not self._is_closed and len(self._idle) < _IDLE_MAX:
-            self._idle.append(connection)
-        else:
-            connection.abort()
 
     def _look_later(self) -> None:
         """One timer for all connections: nearly every request is over before any would have run out."""

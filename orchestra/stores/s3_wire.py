@@ -80,8 +80,7 @@ class S3Wire:
 
     def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
         """As `read` ends; also raises NotCarriedError."""
-        if outcome is not None:
-            self._http.conclude(errand, self._operation("read", info.key), outcome)
+        self._http.conclude(errand, self._operation("read", info.key), outcome)
 
     def list_directory(self, prefix: str) -> PagedListing[str]:
         """LIST below `prefix`, one request a page."""

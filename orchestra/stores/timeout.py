@@ -26,6 +26,11 @@ Answer = TypeVar("Answer")
 FLOOR_BYTES_PER_S = 128 * KIB
 
 
+def attempt_limit_s(attempt_timeout_s: float, size_bytes: int) -> float:
+    """How long a read of so many bytes may take."""
+    return attempt_timeout_s + size_bytes / FLOOR_BYTES_PER_S
+
+
 class TimeoutStore(PlacesThrough):
     """Gives every request `attempt_timeout_s`, and a read also the time its bytes need at FLOOR_BYTES_PER_S."""
 
@@ -64,11 +69,8 @@ class TimeoutStore(PlacesThrough):
         return PagesThrough(pages, lambda request: self._bounded(f"list {prefix!r}", limit_s, request))
 
     async def read(self, info: ObjectInfo, byte_range: ByteRange) -> Buffer:
-        limit_s = self._limit_of(byte_range)
+        limit_s = attempt_limit_s(self._attempt_timeout_s, byte_range.length)
         return await self._bounded(f"read {info.key!r}", limit_s, lambda: self._inner.read(info, byte_range))
-
-    def _limit_of(self, byte_range: ByteRange) -> float:
-        return self._attempt_timeout_s + byte_range.length / FLOOR_BYTES_PER_S
 
     async def probe(self) -> None:
         await self._bounded("reach the store", self._attempt_timeout_s, self._inner.probe)

@@ -28,7 +28,7 @@ from orchestra.engine.courier import Courier
 from orchestra.engine.courier_wire import Place
 from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError
-from orchestra.stores.carrying import Errand, NotCarriedError, Outcome
+from orchestra.stores.carrying import NotCarriedError
 from orchestra.stores.contract import StoreSettings, UnderStore
 from orchestra.stores.counting import statistics_of
 from orchestra.stores.http_client import HttpClient, HttpSettings
@@ -36,11 +36,11 @@ from orchestra.stores.range_client import RangeAnswer
 from orchestra.stores.registry import open_store
 from orchestra.stores.translate import Operation
 from orchestra.units import MIB
-from orchestra.values import ByteRange, ObjectInfo
+from orchestra.values import ByteRange
 from tests.support.node import PATIENCE_S, ThreadNode, thread_node
+from tests.support.placing_store import PlacingVersionedStore
 from tests.support.ram import ram_folder
 from tests.support.scripted_server import ScriptedServer
-from tests.support.versioned_store import VersionedStore
 
 pytestmark = pytest.mark.system
 
@@ -62,12 +62,10 @@ def origin() -> Iterator[OriginProcess]:
         yield running
 
 
-def opened(origin: OriginProcess, attempt_timeout_s: float) -> UnderStore:
+def opened(origin: OriginProcess, fetch: FetchConfig) -> UnderStore:
     """The origin's bucket, as a mount opens it."""
     options = {"endpoint_url": origin.url, "key": "k", "secret": SECRET, "region": "us-east-1"}
-    return open_store(
-        StoreSettings("s3://bench", options), FetchConfig(requests_max=16, attempt_timeout_s=attempt_timeout_s)
-    )
+    return open_store(StoreSettings("s3://bench", options), fetch)
 
 
 @pytest.fixture
@@ -75,17 +73,17 @@ def node(
     origin: OriginProcess, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[ThreadNode]:
     """A node that has a courier for every load, however small, on a machine with however many cores and however busy.
-    The parameter is how long an attempt may take."""
+    The parameter says how much may be asked of the store."""
     origin.set(latency_ms=0)
     origin.call("/__reset")
     monkeypatch.setattr(load, "_CARRIED_BYTES_MIN", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setenv("COURIER_TEST_SECRET", SECRET)
-    store = opened(origin, getattr(request, "param", 30.0))
+    fetch = getattr(request, "param", FetchConfig(requests_max=16, attempt_timeout_s=30.0))
     with (
         ram_folder() as folder,
-        thread_node(folder, store, block_size_bytes=BLOCK, extent_size_bytes=EXTENT) as running,
+        thread_node(folder, opened(origin, fetch), block_size_bytes=BLOCK, extent_size_bytes=EXTENT) as running,
     ):
         yield running
 
@@ -210,8 +208,9 @@ def test_a_node_that_closes_takes_all_errands_back(node: ThreadNode, origin: Ori
     assert statistics_of(mount.store).abandoned > 0
 
 
+@pytest.mark.parametrize("node", [FetchConfig(requests_max=2)], indirect=True, ids=["one turn for loads"])
 def test_a_reader_goes_before_what_waits_for_the_courier(node: ThreadNode, origin: OriginProcess) -> None:
-    """Of 24 files that a load has begun 15 are asked for, and the last of them is read: it is asked for next."""
+    """Of the files that a load has begun one is asked for, and a later one is read: it is asked for next."""
     origin.set(latency_ms=500)
     keys = dataset_keys("small", COUNT)
 
@@ -221,12 +220,12 @@ def test_a_reader_goes_before_what_waits_for_the_courier(node: ThreadNode, origi
         with courier.held():
             await wait_ready(courier)
             loading = asyncio.create_task(do_load(node, "/data/small"))
-            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 15:
+            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 1:
                 pass
             wanted = await want(node, keys[23])
             assert engine.is_coming(wanted)
             assert await engine.ensure(wanted)
-            behind = [key for key in keys[15:23] if not engine.holds_some(await want(node, key))]
+            behind = [key for key in keys[1:23] if not engine.holds_some(await want(node, key))]
             await asyncio.to_thread(origin.set, latency_ms=0)
             assert len(behind) > 0, "those were to be asked for before it"
             return await loading
@@ -249,7 +248,7 @@ def test_a_busy_machine_loads_without(node: ThreadNode, monkeypatch: pytest.Monk
     check_all(node)
 
 
-@pytest.mark.parametrize("node", [1.0], indirect=True)
+@pytest.mark.parametrize("node", [FetchConfig(requests_max=16, attempt_timeout_s=1.0)], indirect=True, ids=["1s"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_courier_that_dies_or_stops_loses_nothing(
     node: ThreadNode, origin: OriginProcess, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
@@ -323,10 +322,8 @@ async def courier(layout: CacheLayout) -> AsyncIterator[Courier]:
         await courier.close()
 
 
-class FreeTurns(VersionedStore):
+class FreeTurns(PlacingVersionedStore):
     """A store whose turns are free."""
-
-    can_place = True
 
     def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
         """At once."""
@@ -338,14 +335,6 @@ class FreeTurns(VersionedStore):
     def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
         """By nobody."""
         return 0
-
-    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
-        """Not asked for: the test makes them."""
-        raise AssertionError
-
-    def conclude(self, errand: Errand, info: ObjectInfo, what: Outcome) -> None:
-        """Likewise."""
-        raise AssertionError
 
 
 FREE_TURNS = FreeTurns()

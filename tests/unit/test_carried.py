@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,30 +19,16 @@ from orchestra.fetch.fetcher import Fetcher
 from orchestra.stores.carrying import Errand, NotCarriedError, Outcome, PlacingStore, Server
 from orchestra.values import ByteRange, ObjectInfo
 from tests.support.cache import Cache
+from tests.support.placing_store import PlacingVersionedStore
 from tests.support.ram import ram_folder
-from tests.support.versioned_store import VersionedStore
 
 SIZE = 100
 # What a load may have of it is one object.
 BUDGET_BYTES = SIZE * 8 // 7 + 1
 
 
-class SigningStore(VersionedStore):
+class SigningStore(PlacingVersionedStore):
     """A store whose errands are made at once and end as they are said to."""
-
-    can_place = True
-
-    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
-        """Of no courier here."""
-        raise AssertionError
-
-    def give_turn_back(self) -> None:
-        """Likewise."""
-        raise AssertionError
-
-    def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
-        """Likewise."""
-        raise AssertionError
 
     def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
         """See PlacingStore."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 from multidict import CIMultiDict
@@ -19,6 +18,7 @@ from orchestra.stores.registry import wrapped
 from orchestra.stores.retry import TRIED
 from orchestra.stores.translate import Operation, ThrottledError, changed
 from orchestra.values import ByteRange, ObjectInfo
+from tests.support.placing_store import PlacingVersionedStore
 from tests.support.versioned_store import VersionedStore
 
 INFO = ObjectInfo("k", 10, 0, '"v"')
@@ -27,27 +27,13 @@ SERVER = Server("http://localhost", 30.0)
 OTHER_ANSWER = RangeAnswer(503, CIMultiDict(), memoryview(b""))
 
 
-class PlacingVersionedStore(VersionedStore):
-    """Can have its reads carried; says of an answer what the test says."""
-
-    can_place = True
+class SigningStore(PlacingVersionedStore):
+    """Its turns are the limit's; says of an answer what the test says."""
 
     def __init__(self) -> None:
         super().__init__()
         self.can_sign = True
         self.judgement: OrchestraError = StoreUnavailableError("not now")
-
-    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
-        """Never asked: turns are the limit's."""
-        raise AssertionError("the limit gives turns")
-
-    def give_turn_back(self) -> None:
-        """Likewise."""
-        raise AssertionError("the limit gives turns")
-
-    def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
-        """Likewise."""
-        raise AssertionError("the limit gives turns")
 
     def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
         """A request, if it can be signed."""
@@ -83,7 +69,7 @@ def sent(store: PlacingStore) -> Errand:
 
 def test_an_errand_counts_as_a_read_from_its_making_to_its_end() -> None:
     """With its bytes when they are there; what cannot be signed without waiting is no request."""
-    inner = PlacingVersionedStore()
+    inner = SigningStore()
     store = placing(inner)
     errand = sent(store)
     assert counts(store) == (1, 0, 0, 0, 0)
@@ -101,7 +87,7 @@ def test_an_errand_counts_as_a_read_from_its_making_to_its_end() -> None:
 )
 def test_what_came_to_nothing_is_said_and_counted(outcome: Outcome, errors: int, abandoned: int) -> None:
     """The error comes out once and as it is, and there are no bytes."""
-    store = placing(PlacingVersionedStore())
+    store = placing(SigningStore())
     with pytest.raises((StoreUnavailableError, NotCarriedError, asyncio.CancelledError)):
         store.conclude(sent(store), INFO, outcome)
     assert counts(store) == (1, 0, errors, abandoned, 0)
@@ -109,7 +95,7 @@ def test_what_came_to_nothing_is_said_and_counted(outcome: Outcome, errors: int,
 
 def test_a_throttled_errand_halves_the_window() -> None:
     """As a throttled read does; another one of the same window does not halve it again."""
-    inner = PlacingVersionedStore()
+    inner = SigningStore()
     inner.judgement = ThrottledError("slow down")
     store = placing(inner, requests_max=8)
     for errand in [sent(store) for _ in range(2)]:
@@ -120,7 +106,7 @@ def test_a_throttled_errand_halves_the_window() -> None:
 
 def test_an_object_replaced_meanwhile_is_stale() -> None:
     """Other errors than a store's being unavailable come out as they are."""
-    inner = PlacingVersionedStore()
+    inner = SigningStore()
     inner.judgement = changed(Operation("read", "k", "s3://b/"), was='"v"', now='"w"')
     store = placing(inner)
     with pytest.raises(StaleObjectError):
@@ -129,7 +115,7 @@ def test_an_object_replaced_meanwhile_is_stale() -> None:
 
 def test_turns_are_taken_by_urgency_and_age_and_passed_on_by_who_does_not_want_one() -> None:
     """Of four turns one is kept for readers; one that comes back goes to the most urgent that wants it."""
-    store, order = placing(PlacingVersionedStore(), requests_max=4), list[str]()
+    store, order = placing(SigningStore(), requests_max=4), list[str]()
 
     def take(name: str, urgency: int, *, wants: bool = True) -> None:
         def granted() -> bool:
@@ -154,7 +140,7 @@ def test_turns_are_taken_by_urgency_and_age_and_passed_on_by_who_does_not_want_o
 
 def test_who_keeps_turns_is_told_how_many_others_should_have() -> None:
     """All that more urgent ones wait for; of those as urgent, what is above half; none for the less urgent."""
-    store = placing(PlacingVersionedStore(), requests_max=8)
+    store = placing(SigningStore(), requests_max=8)
     for _ in range(7):
         store.take_turn("keeper", 3, lambda: True)
     assert store.turns_wanted("keeper", 3, 7) == 0
@@ -171,7 +157,7 @@ def test_who_keeps_turns_is_told_how_many_others_should_have() -> None:
 
 async def test_the_try_after_an_errand_waits_as_a_second_one() -> None:
     """A store that asked for a pause gets it, once."""
-    inner, waits = PlacingVersionedStore(), list[float]()
+    inner, waits = SigningStore(), list[float]()
     inner.put("k", b"0123456789")
 
     async def sleep(seconds: float) -> None:

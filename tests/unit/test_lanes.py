@@ -11,19 +11,15 @@ from hypothesis import strategies as st
 from orchestra.engine.courier_wire import Kind
 from orchestra.engine.lanes import Lane
 from orchestra.fetch.budget import Priority
-from orchestra.stores.carrying import Errand, Outcome
 from orchestra.stores.limit import RequestWindow
-from orchestra.values import ByteRange, ObjectInfo
-from tests.support.versioned_store import VersionedStore
+from tests.support.placing_store import PlacingVersionedStore
 
 LIMIT = 8
 FOR_LOADS = 7  # one is kept for readers
 
 
-class WindowedStore(VersionedStore):
+class WindowedStore(PlacingVersionedStore):
     """A store of which only the turns are asked for."""
-
-    can_place = True
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -40,14 +36,6 @@ class WindowedStore(VersionedStore):
     def turns_wanted(self, who: object, urgency: int, turns: int) -> int:
         """See PlacingStore."""
         return self.window.wanted_of(who, urgency, turns)
-
-    def errand(self, info: ObjectInfo, byte_range: ByteRange) -> Errand | None:
-        """Made elsewhere."""
-        raise AssertionError
-
-    def conclude(self, errand: Errand, info: ObjectInfo, outcome: Outcome) -> None:
-        """Likewise."""
-        raise AssertionError
 
 
 class World:

@@ -35,10 +35,22 @@ async def test_a_request_that_outlives_its_client_still_has_its_timeout() -> Non
                 await request
 
 
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 @asynccontextmanager
-async def _client_of(
-    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+async def _client_at(
+    serve: Serve, *, kind: type[RangeClient] = RangeClient, stall_timeout_s: float = 5.0
 ) -> AsyncIterator[RangeClient]:
+    """A client of a server that does `serve` on each of its connections; who asks closes the client."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield kind(url, ssl_context=None, stall_timeout_s=stall_timeout_s)
+
+
+@asynccontextmanager
+async def _client_of(answer: Serve) -> AsyncIterator[RangeClient]:
     """A client of a server that does `answer` on its one connection; both are over at the end of the block."""
     is_over = asyncio.Event()
 
@@ -48,10 +60,7 @@ async def _client_of(
         writer.close()
         is_over.set()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10):
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        client = RangeClient(url, ssl_context=None, stall_timeout_s=5.0)
+    async with _client_at(serve) as client:
         try:
             yield client
         finally:
@@ -135,10 +144,7 @@ async def test_a_connection_that_was_idle_too_long_is_not_an_answer() -> None:
         writer.close()
         closed.put_nowait(None)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10):
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        client = RangeClient(url, ssl_context=None, stall_timeout_s=5.0)
+    async with _client_at(serve) as client:
         answers = [await _soon(client) for _ in range(2)]
         await client.close()
         for _ in range(2):
@@ -221,10 +227,8 @@ async def test_a_request_sent_when_another_has_stalled_has_its_whole_time() -> N
         writer.close()
         ends.put_nowait(None)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10):
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        client = _WatchedClient(url, ssl_context=None, stall_timeout_s=0.1)
+    async with _client_at(serve, kind=_WatchedClient, stall_timeout_s=0.1) as client:
+        assert isinstance(client, _WatchedClient)
         await asyncio.gather(*(client.get("/x", {}, ByteRange(0, 4)) for _ in range(3)))  # three are idle now
         ended: asyncio.Queue[RangeAnswer | BaseException] = asyncio.Queue()
 
