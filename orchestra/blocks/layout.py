@@ -9,7 +9,7 @@
     listings/ab/<hash>  attrs/ab/<hash>      see metadata
     accesses/<pid>-<random>         access rings of readers (see observe)
     jobs/<n>.json          loads, and what the next daemon needs to go on with them (see daemon/jobs)
-    tmp/                   unfinished files, emptied at start
+    tmp/                   unfinished files, emptied at start (and finished ones, put in their places then: scan)
     index.sqlite3          the daemon's accounts; losing it loses no bytes
 
 Names are hashes: nothing that a store calls a key ever becomes a path here.

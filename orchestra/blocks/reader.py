@@ -31,7 +31,8 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout
 from orchestra.values import ByteRange
 
-_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+# A link or a FIFO in the place of a file must neither be followed nor hold us up.
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 # An extent evicted and filled again between our two opens is seen as a mismatch; twice in a row means trouble.
 _OPEN_TRIES_MAX = 4
 
@@ -56,7 +57,7 @@ def _raw_seal(path: str, fd: int) -> bytes:
     except OSError:
         pass  # ENODATA or ENOTSUP: look beside it
     try:
-        side = os.open(path + ".seal", _OPEN_FLAGS)
+        side = os.open(path + ".seal", OPEN_FLAGS)
     except OSError:
         return b""
     try:
@@ -72,7 +73,7 @@ def read_small_file(path: str, digest: bytes, size_bytes: int, boot_id: bytes) -
     checksum of the bytes. None if anything is amiss: `LocalObject` finds out what.
     """
     try:
-        fd = os.open(path, _OPEN_FLAGS)
+        fd = os.open(path, OPEN_FLAGS)
     except OSError:
         return None
     try:
@@ -94,7 +95,7 @@ def read_small_into(path: str, digest: bytes, size_bytes: int, boot_id: bytes, b
     What is in the buffer after None means nothing.
     """
     try:
-        fd = os.open(path, _OPEN_FLAGS)
+        fd = os.open(path, OPEN_FLAGS)
     except OSError:
         return None
     try:
@@ -112,7 +113,7 @@ def read_small_into(path: str, digest: bytes, size_bytes: int, boot_id: bytes, b
 def open_map(path: str, *, writable: bool = False) -> PresenceMap | None:
     """Map the presence map at `path`; None if it is missing or not intact."""
     try:
-        fd = os.open(path, (os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW) if writable else _OPEN_FLAGS)
+        fd = os.open(path, (os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW) if writable else OPEN_FLAGS)
     except OSError:
         return None
     try:
@@ -315,7 +316,7 @@ class LocalObject:
     def _open_small(self) -> _OpenFile | None:
         path = self._layout.small_file(self._digest)
         try:
-            fd = os.open(path, _OPEN_FLAGS)
+            fd = os.open(path, OPEN_FLAGS)
         except OSError:
             return None
         seal = read_seal(path, fd)
@@ -333,7 +334,7 @@ class LocalObject:
     def _open_extent(self, extent_index: int) -> _OpenFile | None:
         for _ in range(_OPEN_TRIES_MAX):
             try:
-                fd = os.open(self._layout.extent_file(self._digest, extent_index), _OPEN_FLAGS)
+                fd = os.open(self._layout.extent_file(self._digest, extent_index), OPEN_FLAGS)
             except OSError:
                 return None
             marks = open_map(self._layout.map_file(self._digest, extent_index))

@@ -1,14 +1,20 @@
-"""What lies in extents/: the truth that accounts are brought in line with after an unclean stop.
+"""What a daemon that was killed left: what lies in extents/, the truth that accounts are brought in line with, and what
+was ready to be put there.
 
-Owns: telling files of ours from halves and strangers. Leaves to others: what is done about them (store).
+Owns: telling files of ours from halves and strangers, and whole ones from unfinished. Leaves to others: what is done
+about the former (store).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from dataclasses import dataclass, field
 
+from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout, is_extent_name
+from orchestra.blocks.reader import OPEN_FLAGS, read_seal
 
 
 @dataclass(slots=True)
@@ -41,3 +47,28 @@ def _find_in(folder: str, found: FoundFiles) -> None:
             found.halves.append(entry.path)
         elif suffix not in ("map", "seal"):
             found.sizes[name] = entry.stat(follow_symlinks=False).st_blocks * 512
+
+
+def adopt_ready(layout: CacheLayout, geometry: Geometry) -> int:
+    """Put those small objects in their places that were ready in tmp/, waiting for a daemon that is no more; return how
+    many. A load has up to some hundred there, and would fetch them again.
+
+    The seal is written last and names object, size and checksum: such a file is whole, and is checked as any other.
+    """
+    count = 0
+    for entry in os.scandir(layout.tmp):
+        try:
+            fd = os.open(entry.path, OPEN_FLAGS)
+        except OSError:
+            continue
+        try:
+            seal, info = read_seal(entry.path, fd), os.fstat(fd)
+        finally:
+            os.close(fd)
+        if seal is None or not stat.S_ISREG(info.st_mode) or info.st_size != seal.size_bytes:
+            continue
+        if geometry.is_small(seal.size_bytes):
+            with contextlib.suppress(OSError):  # then it is fetched again
+                os.rename(entry.path, layout.small_file(seal.digest.hex()))
+                count += 1
+    return count

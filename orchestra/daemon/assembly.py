@@ -17,6 +17,7 @@ from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.index import BlockIndex, IndexUnavailableError
 from orchestra.blocks.layout import CacheLayout, empty_tmp, prepare
 from orchestra.blocks.reader import read_small_file
+from orchestra.blocks.scan import adopt_ready
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock, SystemClock, boot_id
 from orchestra.config import Config, FetchConfig
@@ -101,7 +102,6 @@ def assemble(
     geometry = Geometry(config.cache.block_size_bytes, config.cache.extent_size_bytes)
     layout, geometry = prepare(config.cache.dir, geometry)
     lock = OwnerLock(layout.lock, started=started)
-    empty_tmp(layout)
     blocks, index = _open_blocks(config, layout, geometry, clock)
     changes = ChangeLog(str(layout.changes))
     catalog = _catalog(layout, blocks, clock, changes)
@@ -213,6 +213,8 @@ def _carried(layout: CacheLayout, engine: Engine) -> CarriedParts | None:
 def _open_blocks(
     config: Config, layout: CacheLayout, geometry: Geometry, clock: Clock
 ) -> tuple[BlockStore, BlockIndex]:
+    adopted_count = adopt_ready(layout, geometry)
+    empty_tmp(layout)
     index = BlockIndex(layout.index, boot_id=boot_id())
     rows, clean = index.load()
     limit = SpaceLimit(
@@ -222,7 +224,7 @@ def _open_blocks(
     accounts = Accounts(new_policy(), limit, index, make_policy=new_policy, clock=clock)
     accounts.load(rows)
     blocks = BlockStore(layout, geometry, accounts, boot_id=boot_id())
-    if not clean:
+    if adopted_count or not clean:
         blocks.recount()
     disk = os.statvfs(layout.root)
     if disk.f_bavail * disk.f_frsize < _FREE_AT_START_MIN_BYTES:

@@ -29,11 +29,9 @@ from orchestra.values import ByteRange
 from tests.support.cache import BLOCK, EXTENT, data_of
 from tests.support.disks import HookedDisk, failing
 from tests.support.node import PATIENCE_S, DaemonNode, ThreadNode, daemon_node, thread_node
-from tests.support.ram import ram_folder
+from tests.support.ram import needs_root, ram_folder, small_disk
 from tests.support.reading import read_in_new_process, sha256
 from tests.support.versioned_store import VersionedStore
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
 
 OBJECTS = {f"s{index}": data_of(f"s{index}", 900 * index + 1) for index in range(5)}
 OBJECTS |= {f"l{index}": data_of(f"l{index}", EXTENT * index + 99) for index in range(1, 4)}
@@ -240,17 +238,6 @@ def test_readers_and_eviction_race(tmp_path: Path, store: VersionedStore) -> Non
 
 
 # -- real file systems under a real daemon -------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(target: Path, options: str) -> Iterator[Path]:
-    """A file system of its own, in memory, mounted at `target`."""
-    target.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs", str(target)], check=True)
-    try:
-        yield target
-    finally:
-        subprocess.run(["umount", "-l", str(target)], check=True)
 
 
 @contextmanager

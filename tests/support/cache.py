@@ -18,7 +18,7 @@ from orchestra.blocks.index import BlockIndex
 from orchestra.blocks.layout import empty_tmp, prepare
 from orchestra.blocks.reader import LocalObject
 from orchestra.blocks.rules import Origin
-from orchestra.blocks.scan import find_files
+from orchestra.blocks.scan import adopt_ready, find_files
 from orchestra.blocks.store import BlockStore
 from orchestra.clock import Clock
 from orchestra.units import GIB
@@ -65,6 +65,7 @@ class Cache:
     ) -> None:
         self.boot_id = boot_id
         self.layout, self.geometry = prepare(root, GEOMETRY)
+        adopted_count = adopt_ready(self.layout, self.geometry)
         empty_tmp(self.layout)
         self.index = BlockIndex(self.layout.index, boot_id=boot_id)
         rows, self.was_clean = self.index.load()
@@ -73,7 +74,7 @@ class Cache:
         self.accounts = Accounts(new_policy(), limit, self.index, make_policy=new_policy, clock=clock)
         self.accounts.load(rows)
         self.store = BlockStore(self.layout, self.geometry, self.accounts, boot_id=boot_id, disk=disk)
-        if not self.was_clean:
+        if adopted_count or not self.was_clean:
             self.store.recount()
         self.store.flush()
 

@@ -13,15 +13,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from common import OriginProcess, running_origin
-from synthetic import dataset_keys, expected_bytes
+from common import OriginProcess
+from synthetic import dataset_keys
 
 from orchestra.blocks.geometry import Geometry
 from orchestra.blocks.layout import CacheLayout, prepare
 from orchestra.blocks.store import Placed
 from orchestra.clock import SystemClock
 from orchestra.config import FetchConfig
-from orchestra.daemon.jobs import load
 from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.engine import courier as courier_module
 from orchestra.engine.courier import Courier
@@ -29,108 +28,57 @@ from orchestra.engine.courier_wire import Place
 from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError
 from orchestra.stores.carrying import NotCarriedError
-from orchestra.stores.contract import StoreSettings, UnderStore
-from orchestra.stores.counting import statistics_of
 from orchestra.stores.http_client import HttpClient, HttpSettings
 from orchestra.stores.range_client import RangeAnswer
-from orchestra.stores.registry import open_store
 from orchestra.stores.translate import Operation
-from orchestra.units import MIB
 from orchestra.values import ByteRange
-from tests.support.node import PATIENCE_S, ThreadNode, thread_node
+from tests.support.carried_loads import (
+    BLOCKS,
+    COUNT,
+    FETCH,
+    LARGE_COUNT,
+    LARGE_SIZE,
+    SECRET,
+    SIZE,
+    carried_origin,
+    carrying_node,
+    check_all,
+    counts_of,
+    courier_of,
+    do_carried_load,
+    do_load,
+    gets,
+    have_couriers,
+    tmp_of,
+    wait_asked,
+    wait_ready,
+)
+from tests.support.node import PATIENCE_S, ThreadNode
 from tests.support.placing_store import PlacingVersionedStore
 from tests.support.ram import ram_folder
 from tests.support.scripted_server import ScriptedServer
 
 pytestmark = pytest.mark.system
 
-COUNT, SIZE = 150, 3000
-# Blocks as long as a part, as they are by default: parts of several blocks are not carried.
-BLOCK, EXTENT = 4 * MIB, 8 * MIB
-LARGE_COUNT, LARGE_SIZE = 2, 9_000_000
-BLOCKS = COUNT + LARGE_COUNT * 3
-SECRET = "not-to-be-seen"
 BOOT = bytes(16)
 
 
 @pytest.fixture(scope="module")
 def origin() -> Iterator[OriginProcess]:
-    """Small objects in folders of a hundred, and large ones."""
-    with running_origin(
-        "--dataset", f"small:{COUNT}x{SIZE}", "--dataset", f"large:{LARGE_COUNT}x{LARGE_SIZE}"
-    ) as running:
+    """See carried_origin."""
+    with carried_origin() as running:
         yield running
-
-
-def opened(origin: OriginProcess, fetch: FetchConfig) -> UnderStore:
-    """The origin's bucket, as a mount opens it."""
-    options = {"endpoint_url": origin.url, "key": "k", "secret": SECRET, "region": "us-east-1"}
-    return open_store(StoreSettings("s3://bench", options), fetch)
 
 
 @pytest.fixture
 def node(
     origin: OriginProcess, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[ThreadNode]:
-    """A node that has a courier for every load, however small, on a machine with however many cores and however busy.
-    The parameter says how much may be asked of the store."""
-    origin.set(latency_ms=0)
-    origin.call("/__reset")
-    monkeypatch.setattr(load, "_CARRIED_BYTES_MIN", 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    """A node that has a courier for every load. The parameter says how much may be asked of the store."""
+    have_couriers(monkeypatch)
     monkeypatch.setenv("COURIER_TEST_SECRET", SECRET)
-    fetch = getattr(request, "param", FetchConfig(requests_max=16, attempt_timeout_s=30.0))
-    with (
-        ram_folder() as folder,
-        thread_node(folder, opened(origin, fetch), block_size_bytes=BLOCK, extent_size_bytes=EXTENT) as running,
-    ):
+    with ram_folder() as folder, carrying_node(origin, folder, getattr(request, "param", FETCH)) as running:
         yield running
-
-
-def courier_of(node: ThreadNode) -> Courier:
-    """The node's courier."""
-    carried = node.node.engine.carried
-    assert carried is not None, "a machine of two cores has one"
-    return carried.courier
-
-
-async def wait_ready(courier: Courier) -> int:
-    """Return the process's id when it takes errands."""
-    async with asyncio.timeout(PATIENCE_S):
-        await courier.wait_ready()
-    assert courier.pid is not None
-    return courier.pid
-
-
-async def do_load(node: ThreadNode, path: str) -> Job:
-    """Load, and return how it ended."""
-    jobs = node.node.jobs
-    job = jobs.submit(LoadSpec(path))
-    async with asyncio.timeout(PATIENCE_S):
-        while not (job := await jobs.wait(job.job_id, 1)).state.is_over:
-            pass
-    return job
-
-
-async def do_carried_load(node: ThreadNode, path: str) -> Job:
-    """Load with a courier that is up from the beginning."""
-    with courier_of(node).held():
-        await wait_ready(courier_of(node))
-        return await do_load(node, path)
-
-
-def tmp_of(node: ThreadNode) -> list[str]:
-    """What lies in the folder of unfinished files."""
-    return os.listdir(node.node.layout.tmp)
-
-
-def check_all(node: ThreadNode) -> None:
-    """Every byte that the node's readers see is the origin's."""
-    client = node.client()
-    for name, count, size in (("small", COUNT, SIZE), ("large", LARGE_COUNT, LARGE_SIZE)):
-        for key in dataset_keys(name, count):
-            assert client.read_file(f"/data/{key}") == expected_bytes(key, 0, size)
 
 
 def test_a_carried_load_brings_the_same_bytes_by_the_same_requests(node: ThreadNode, origin: OriginProcess) -> None:
@@ -138,9 +86,7 @@ def test_a_carried_load_brings_the_same_bytes_by_the_same_requests(node: ThreadN
     readers then ask for nothing."""
     assert node.run(do_carried_load(node, "/data")).state is JobState.SUCCEEDED
     assert courier_of(node).carried == BLOCKS
-    asked = origin.call("/__stats", "GET")["requests"]["GET"]
-    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
-    counted = statistics_of(mount.store)
+    asked, counted = gets(origin), counts_of(node)
     assert counted.read_requests == asked == BLOCKS
     assert counted.read_bytes == COUNT * SIZE + LARGE_COUNT * LARGE_SIZE == node.node.fetcher.statistics.bytes_fetched
     held = node.node.blocks.statistics()
@@ -148,19 +94,10 @@ def test_a_carried_load_brings_the_same_bytes_by_the_same_requests(node: ThreadN
     assert node.node.budget.used_bytes == 0
     assert node.node.blocks.room_bytes() == node.config.cache.size_bytes - held.used_bytes  # nothing stays reserved
     check_all(node)
-    assert origin.call("/__stats", "GET")["requests"]["GET"] == asked
-    verified = node.run(do_verified_load(node))
+    assert gets(origin) == asked
+    verified = node.run(do_load(node, "/data", verify=True))
     assert (verified.state, verified.blocks_damaged) == (JobState.SUCCEEDED, 0)
     assert tmp_of(node) == []
-
-
-async def do_verified_load(node: ThreadNode) -> Job:
-    """Compare all that is here with its checksums."""
-    jobs = node.node.jobs
-    job = jobs.submit(LoadSpec("/data", verify=True))
-    while not (job := await jobs.wait(job.job_id, 1)).state.is_over:
-        pass
-    return job
 
 
 def test_requests_in_flight_stay_within_the_stores_limit(node: ThreadNode, origin: OriginProcess) -> None:
@@ -180,8 +117,7 @@ def test_a_store_that_asks_for_less_gets_less_and_nothing_fails(node: ThreadNode
     finally:
         origin.set(rate=0)
     statuses = origin.call("/__stats", "GET")["statuses"]
-    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
-    counted = statistics_of(mount.store)
+    counted = counts_of(node)
     assert (statuses["206"], statuses["503"]) == (COUNT, counted.throttled)
     assert counted.throttled > 0
     assert counted.requests_in_flight == 0
@@ -196,16 +132,15 @@ def test_a_node_that_closes_takes_all_errands_back(node: ThreadNode, origin: Ori
         with courier_of(node).held():
             await wait_ready(courier_of(node))
             node.node.jobs.submit(LoadSpec("/data"))
-            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 20:
-                pass
+            await wait_asked(origin, 20)
 
     node.run(scenario())
-    mount = node.node.engine.mounts.locate("/data/small").mount  # type: ignore[union-attr]
     node.close()
     assert tmp_of(node) == []
     assert node.node.budget.used_bytes == 0
-    assert statistics_of(mount.store).requests_in_flight == 0
-    assert statistics_of(mount.store).abandoned > 0
+    counted = counts_of(node)
+    assert counted.requests_in_flight == 0
+    assert counted.abandoned > 0
 
 
 @pytest.mark.parametrize("node", [FetchConfig(requests_max=2)], indirect=True, ids=["one turn for loads"])
@@ -220,8 +155,7 @@ def test_a_reader_goes_before_what_waits_for_the_courier(node: ThreadNode, origi
         with courier.held():
             await wait_ready(courier)
             loading = asyncio.create_task(do_load(node, "/data/small"))
-            while (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET", 0) < 1:
-                pass
+            await wait_asked(origin, 1)
             wanted = await want(node, keys[23])
             assert engine.is_coming(wanted)
             assert await engine.ensure(wanted)
@@ -262,8 +196,7 @@ def test_a_courier_that_dies_or_stops_loses_nothing(
         with courier.held():
             pid = await wait_ready(courier)
             loading = asyncio.create_task(do_load(node, "/data"))
-            while not (await asyncio.to_thread(origin.call, "/__stats", "GET"))["requests"].get("GET"):
-                pass
+            await wait_asked(origin, 1)
             os.kill(pid, number)
             await asyncio.to_thread(origin.set, latency_ms=0)
             return await loading
@@ -340,7 +273,7 @@ class FreeTurns(PlacingVersionedStore):
 FREE_TURNS = FreeTurns()
 
 
-async def outcome(courier: Courier | None, server: ScriptedServer) -> object:
+async def outcome(courier: Courier | None, server: ScriptedServer, store: FreeTurns = FREE_TURNS) -> object:
     """What a read of the scripted server comes to, carried or not: the bytes, or the error's kind and text."""
     client = HttpClient(HttpSettings(requests_max=4, attempt_timeout_s=0.2), SystemClock())
     operation = Operation("read", "k", "s3://bucket/")
@@ -353,7 +286,7 @@ async def outcome(courier: Courier | None, server: ScriptedServer) -> object:
         if errand is None or not courier.is_ready:
             raise NotCarriedError
         ended: asyncio.Future[Placed | RangeAnswer | TimeoutError | NotCarriedError] = asyncio.Future()
-        number = courier.send(FREE_TURNS, Place(DIGEST, 0, 0), errand, ended.set_result)
+        number = courier.send(store, Place(DIGEST, 0, 0), errand, ended.set_result)
         try:
             what = await ended
         except asyncio.CancelledError:
@@ -442,3 +375,25 @@ async def test_without_a_process_nothing_is_carried(layout: CacheLayout, scripte
     with pytest.raises(NotCarriedError):
         await outcome(Courier(layout, Geometry(4096, 16384), boot_id=BOOT), scripted)
     assert scripted.requests == []
+
+
+class NoTurns(FreeTurns):
+    """A store that has no turn for a load."""
+
+    def take_turn(self, who: object, urgency: int, granted: Callable[[], bool]) -> None:
+        """Not now."""
+
+
+async def test_a_courier_that_has_no_turns_is_not_taken_for_a_silent_one(
+    courier: Courier, scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An errand that waits for a turn for too long is given up; the process has nothing to say, and lives."""
+    monkeypatch.setattr(courier_module, "_SILENT_S", 0.0)
+    pid = courier.pid
+    given_up = await outcome(courier, scripted, NoTurns())
+    assert scripted.requests == []
+    scripted.answers = [[OK[:20]]]  # and then nothing
+    assert given_up == await outcome(None, scripted)
+    assert (courier.pid, courier.is_ready) == (pid, True)
+    scripted.answers = [[OK]]
+    assert await outcome(courier, scripted) == b"0123"

@@ -439,6 +439,28 @@ def test_everything_is_there_after_a_restart(tmp_path: Path, is_clean: bool) -> 
     second.check()
 
 
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_what_was_ready_when_a_daemon_ended_is_kept(tmp_path: Path, is_clean: bool) -> None:
+    """A small object that was written and sealed, and not yet in its place, is neither lost nor forgotten by the
+    accounts; what is no whole small object goes."""
+    first = Cache(tmp_path)
+    data = data_of("small", 1000)
+    files = first.store._files
+    with files.small_ready(digest_of("small"), data), files.small_ready(digest_of("cut"), data) as cut:
+        pass
+    os.truncate(cut.path, 999)
+    with files.small_ready(digest_of("large"), data_of("large", EXTENT)):
+        pass
+    (first.layout.tmp / "unsealed").write_bytes(data)
+    os.mkfifo(first.layout.tmp / "fifo")
+    first.close() if is_clean else first.crash()
+    second = Cache(tmp_path)
+    assert second.get("small", 1000) == data
+    assert second.accounts.names() == [digest_of("small")]
+    assert os.listdir(second.layout.tmp) == []
+    second.check()
+
+
 def test_an_extent_is_filled_on_after_a_restart(tmp_path: Path) -> None:
     """Blocks that a killed daemon wrote are kept; the rest is added to the same file."""
     data = data_of("a", EXTENT)
