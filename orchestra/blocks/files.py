@@ -24,7 +24,7 @@ import crc32c
 from orchestra.blocks.disk import Buffer, Disk
 from orchestra.blocks.formats import SEAL_ATTRIBUTE, PresenceMap, Seal
 from orchestra.blocks.geometry import Geometry
-from orchestra.blocks.layout import CacheLayout
+from orchestra.blocks.layout import REMOVED_SUFFIX, CacheLayout
 from orchestra.blocks.reader import map_header, open_map, read_seal
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class BlockFiles:
                 log.warning("could not remove %s: %s", path, error)
 
     def _move_to_tmp(self, path: str) -> str | None:
-        target = self._temporary_path()
+        target = self._temporary_path() + REMOVED_SUFFIX
         try:
             self._disk.rename(path, target)
         except FileNotFoundError:

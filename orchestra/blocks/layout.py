@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MARKER = "orchestra-cache.json"
 CACHE_FORMAT = 1
+# Of files in tmp/ that were in their places, and are to go: they may be damaged, or freed, and are never put back.
+REMOVED_SUFFIX = ".removed"
 _FOLDERS = ("extents", "listings", "attrs", "accesses", "jobs", "tmp")
 # sockaddr_un.sun_path is 108 bytes with its NUL.
 SOCKET_PATH_LIMIT_BYTES = 107

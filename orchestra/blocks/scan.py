@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass, field
 
 from orchestra.blocks.geometry import Geometry
-from orchestra.blocks.layout import CacheLayout, is_extent_name
+from orchestra.blocks.layout import REMOVED_SUFFIX, CacheLayout, is_extent_name
 from orchestra.blocks.reader import OPEN_FLAGS, read_seal
 
 
@@ -54,9 +54,12 @@ def adopt_ready(layout: CacheLayout, geometry: Geometry) -> int:
     many. A load has up to some hundred there, and would fetch them again.
 
     The seal is written last and names object, size and checksum: such a file is whole, and is checked as any other.
+    What was removed (freed, evicted, found damaged) lies there under a name that says so, and does not come back.
     """
     count = 0
     for entry in os.scandir(layout.tmp):
+        if entry.name.endswith(REMOVED_SUFFIX):
+            continue
         try:
             fd = os.open(entry.path, OPEN_FLAGS)
         except OSError:

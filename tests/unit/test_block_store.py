@@ -461,6 +461,28 @@ def test_what_was_ready_when_a_daemon_ended_is_kept(tmp_path: Path, is_clean: bo
     second.check()
 
 
+@pytest.mark.parametrize("is_damaged", [False, True], ids=["freed", "damaged"])
+def test_what_was_removed_when_a_daemon_was_killed_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    """A small object that was freed, or found damaged, is gone also if the daemon dies before the last step of that."""
+    first = Cache(tmp_path)
+    data = data_of("small", 1000)
+    first.put("small", data)
+    monkeypatch.setattr(first.store._files, "unlink", lambda paths: None)
+    if is_damaged:
+        Path(first.layout.small_file(digest_of("small"))).write_bytes(bytes(1000))
+        assert first.verify("small", 1000) == 1
+    else:
+        assert first.store.remove(digest_of("small"), 1000)
+    assert os.listdir(first.layout.tmp) != []
+    first.crash()
+    second = Cache(tmp_path)
+    assert second.get("small", 1000) is None
+    assert os.listdir(second.layout.tmp) == []
+    second.check()
+
+
 def test_an_extent_is_filled_on_after_a_restart(tmp_path: Path) -> None:
     """Blocks that a killed daemon wrote are kept; the rest is added to the same file."""
     data = data_of("a", EXTENT)
