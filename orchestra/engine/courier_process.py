@@ -5,12 +5,13 @@ decided (courier.py, in the daemon): what is asked for, how much at once, and wh
 no accounts and makes nothing visible: a small object lies in tmp/ until the daemon renames it, and a block of an
 extent is nobody's until the daemon marks it. So it may be killed at any moment.
 
-It ends when the daemon's end of the socket is closed, however that came about.
+It ends when the daemon's end of the socket is closed, however that came about, and at once when the daemon is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import signal
@@ -53,6 +54,9 @@ log = logging.getLogger(__name__)
 
 # As in the daemon (daemon/main.py): what is in flight need not be looked at for every few files.
 _NEW_OBJECTS_MAX = 10_000
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class _Lane:
@@ -211,8 +215,15 @@ async def serve(sock: socket.socket) -> None:
     await carrying.ended
 
 
+def _end_with_the_daemon() -> None:
+    """Have the kernel end this process, be it stopped, when the thread has ended that started it (the daemon's loop).
+    The next daemon empties tmp/ once: what was written there later would stay, and in nobody's accounts."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
 def main() -> None:
     """Carry for the daemon that started this process; its socket is the descriptor named by the first argument."""
+    _end_with_the_daemon()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, whose end ends us
     gc.freeze()
     gc.set_threshold(_NEW_OBJECTS_MAX, *gc.get_threshold()[1:])

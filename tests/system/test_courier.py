@@ -7,8 +7,12 @@ The node runs in a thread of this process over a real S3 store; the courier is a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +28,7 @@ from orchestra.config import FetchConfig
 from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.engine import courier as courier_module
 from orchestra.engine.courier import Courier
-from orchestra.engine.courier_wire import Place
+from orchestra.engine.courier_wire import Place, Setup
 from orchestra.engine.engine import Wanted
 from orchestra.errors import OrchestraError
 from orchestra.stores.carrying import NotCarriedError
@@ -222,6 +226,39 @@ def test_the_process_shows_no_secret_and_ends_with_the_daemon(node: ThreadNode) 
     assert SECRET.encode() not in seen
     node.close()
     assert not Path(f"/proc/{pid}").exists()
+
+
+# What a killed daemon was, as far as its courier knows: who started it, and has the other end of its socket.
+STARTER = """
+import socket, subprocess, sys
+ours, theirs = socket.socketpair()
+process = subprocess.Popen(
+    [sys.executable, "-m", "orchestra.engine.courier_process", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+)
+ours.sendall(bytes.fromhex(sys.argv[1]))
+ours.recv(1)
+print(process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_stopped_courier_ends_with_its_daemon_and_never_writes_again() -> None:
+    """The next daemon empties tmp/ once: a courier that went on later would leave there what nobody accounts for."""
+    with ram_folder() as folder:
+        prepare(folder / "cache", Geometry(4096, 16384))
+        setup = Setup(str(folder / "cache"), 4096, 16384, BOOT.hex()).pack().hex()
+        command = [sys.executable, "-c", STARTER, setup]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
+            assert starter.stdout is not None
+            courier = os.pidfd_open(int(starter.stdout.readline()))
+            try:
+                signal.pidfd_send_signal(courier, signal.SIGSTOP)
+                starter.kill()
+                assert select.select([courier], [], [], PATIENCE_S)[0], "the courier of a killed daemon lives on"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(courier, signal.SIGKILL)
+                os.close(courier)
 
 
 # -- one errand ----------------------------------------------------------------------------------------------------
