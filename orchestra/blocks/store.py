@@ -81,6 +81,16 @@ class BlockStatistics:
 
 
 @dataclass(slots=True)
+class _Room:
+    """What is reserved for a block, and whose it is. Given back in the step that counts the block: in between it would
+    be counted twice, and of a cache that is full to the last byte something would leave for nothing."""
+
+    charge: int
+    owner: Origin | None
+    is_reserved: bool = True
+
+
+@dataclass(slots=True)
 class Placed:
     """What another process wrote: a small object, sealed, at `path`, or a block of that checksum into its extent."""
 
@@ -92,23 +102,22 @@ class Placing:
     """A block that another process writes, from before it is fetched until it is published; `close` frees what it
     holds. Room is reserved for it, and its extent does not leave meanwhile."""
 
-    __slots__ = ("_block", "_charge", "_digest", "_filling", "_length", "_name", "_owner", "_size", "_store")
+    __slots__ = ("_block", "_digest", "_filling", "_length", "_name", "_room", "_size", "_store")
 
     def __init__(self, store: BlockStore, digest: str, size_bytes: int, block_index: int) -> None:
         """Raises OSError, CacheFullError where something would have to leave first."""
         self._store, self._digest, self._size, self._block = store, digest, size_bytes, block_index
         geometry = store._geometry
         self._length = geometry.block_range(size_bytes, block_index).length
-        self._charge = _charge(self._length)
         self._name = store._name(digest, size_bytes, block_index)
         self._filling: _Filling | None = None
         with store._lock:
-            if not store._accounts.fits(self._charge, self._name):
+            charge = _charge(self._length)
+            if not store._accounts.fits(charge, self._name):
                 raise CacheFullError("something has to leave first")
             if not geometry.is_small(size_bytes):
                 self._filling = store._use_extent(digest, size_bytes, block_index // geometry.blocks_per_extent)
-            store._accounts.reserve(self._charge, self._name)
-            self._owner = store._accounts.origin_of(self._name)
+            self._room = store._reserve(charge, self._name)
 
     @property
     def inode(self) -> int:
@@ -121,14 +130,14 @@ class Placing:
         if self._filling is None:
             try:
                 with store._lock:
-                    store._publish_small(self._digest, placed.path, self._charge)
+                    store._publish_small(self._digest, placed.path, self._room)
             except FileNotFoundError:
                 return False
             except OSError as error:
                 log.warning("%s cannot be put in its place: %s", placed.path, error)
                 store._files.unlink([placed.path])
                 return False
-        elif not store._mark(self._name, self._filling, self._block, placed.crc, self._charge):
+        elif not store._mark(self._name, self._filling, self._block, placed.crc, self._room):
             return False
         with store._lock:
             store._written += self._length
@@ -142,7 +151,7 @@ class Placing:
             store._let_go(self._name, self._filling)
             store._drop_unused(self._name)
         with store._lock:
-            store._accounts.settle(self._charge, self._owner)
+            store._settle(self._room)
 
 
 class BlockStore:
@@ -270,11 +279,10 @@ class BlockStore:
         """
         expected = self._geometry.block_range(size_bytes, block_index).length
         assert len(data) == expected, f"block {block_index} has {len(data)} bytes, not {expected}"
-        charge = _charge(expected)
         name = self._name(digest, size_bytes, block_index)
-        owner = self._make_room(charge, name)
+        room = self._make_room(_charge(expected), name)
         try:
-            self._write_or_evict(digest, size_bytes, block_index, data)
+            self._write_or_evict(digest, size_bytes, block_index, data, room)
         except OSError as error:
             self._drop_unused(name)
             if error.errno in _FULL_ERRNOS:
@@ -282,7 +290,7 @@ class BlockStore:
             raise
         finally:
             with self._lock:
-                self._accounts.settle(charge, owner)
+                self._settle(room)
         with self._lock:
             self._written += expected
             self._is_full_known = False
@@ -326,19 +334,29 @@ class BlockStore:
     def _busy(self) -> set[str]:
         return {name for name, filling in self._filling.items() if filling.users}
 
-    def _make_room(self, charge: int, name: str) -> Origin | None:
-        """Reserve that much, evicting what has to leave; return whose reservation it is."""
+    def _make_room(self, charge: int, name: str) -> _Room:
+        """Reserve that much, evicting what has to leave."""
         retired: list[str] = []
         with self._lock:
             if not self._accounts.fits(charge, name):
                 victims = self._accounts.choose_victims(charge, self._busy() | {name}, name)
                 self._accounts.evict(victims)
                 retired = [path for victim in victims for path in self._retire(victim)]
-            self._accounts.reserve(charge, name)
-            owner = self._accounts.origin_of(name)
+            room = self._reserve(charge, name)
         if retired:
             self._files.unlink(retired)
-        return owner
+        return room
+
+    def _reserve(self, charge: int, name: str) -> _Room:
+        """Under the lock."""
+        self._accounts.reserve(charge, name)
+        return _Room(charge, self._accounts.origin_of(name))
+
+    def _settle(self, room: _Room) -> None:
+        """Under the lock: once, however often it is called."""
+        if room.is_reserved:
+            room.is_reserved = False
+            self._accounts.settle(room.charge, room.owner)
 
     def _drop_unused(self, name: str) -> None:
         """Remove an extent that holds no block after a write that failed: nothing else would ever evict it."""
@@ -348,31 +366,33 @@ class BlockStore:
             retired = self._retire(name) if is_unused else []
         self._files.unlink(retired)
 
-    def _write_or_evict(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
+    def _write_or_evict(self, digest: str, size_bytes: int, block_index: int, data: Buffer, room: _Room) -> None:
         """Write; if the disk turns out to be full, or no file can be opened, make room and write again.
 
         Raises OSError.
         """
         try:
-            self._write(digest, size_bytes, block_index, data)
+            self._write(digest, size_bytes, block_index, data, room)
         except OSError as error:
             name = self._name(digest, size_bytes, block_index)
             if error.errno in _NO_DESCRIPTOR_ERRNOS:
                 self._close_idle()
             elif error.errno not in _FULL_ERRNOS or not self.evict(_EVICTED_AT_ONCE_BYTES + len(data), keep=name):
                 raise
-            self._write(digest, size_bytes, block_index, data)
+            self._write(digest, size_bytes, block_index, data, room)
 
-    def _write(self, digest: str, size_bytes: int, block_index: int, data: Buffer) -> None:
+    def _write(self, digest: str, size_bytes: int, block_index: int, data: Buffer, room: _Room) -> None:
         if self._geometry.is_small(size_bytes):
             with self._files.small_ready(digest, data) as temporary, self._lock:
-                self._publish_small(digest, temporary.path, _charge(len(data)))
+                self._publish_small(digest, temporary.path, room)
             return
         crc = crc32c.crc32c(data)
-        while not self._try_write_into_extent(digest, size_bytes, block_index, data, crc):
+        while not self._try_write_into_extent(digest, size_bytes, block_index, data, crc, room):
             log.info("extent of %s was removed while block %d was written; writing it again", digest, block_index)
 
-    def _try_write_into_extent(self, digest: str, size_bytes: int, block_index: int, data: Buffer, crc: int) -> bool:
+    def _try_write_into_extent(
+        self, digest: str, size_bytes: int, block_index: int, data: Buffer, crc: int, room: _Room
+    ) -> bool:
         """Write and mark; False if the extent was removed meanwhile."""
         extent_index = block_index // self._geometry.blocks_per_extent
         name = f"{digest}.{extent_index}"
@@ -380,15 +400,16 @@ class BlockStore:
         try:
             offset = (block_index - filling.marks.header.first_block) * self._geometry.block_size_bytes
             self._files.write_at(filling.fd, data, offset)
-            return self._mark(name, filling, block_index, crc, _charge(len(data)))
+            return self._mark(name, filling, block_index, crc, room)
         finally:
             self._let_go(name, filling)
 
-    def _publish_small(self, digest: str, path: str, charge: int) -> None:
+    def _publish_small(self, digest: str, path: str, room: _Room) -> None:
         """Under the lock. Raises OSError."""
         self._files.publish_small(digest, path)
         if digest not in self._accounts:
-            self._accounts.grow(digest, charge)
+            self._settle(room)
+            self._accounts.grow(digest, room.charge)
 
     def _use_extent(self, digest: str, size_bytes: int, extent_index: int) -> _Filling:
         """Return the extent, open; it is not evicted before `_let_go`. Raises OSError."""
@@ -398,12 +419,13 @@ class BlockStore:
             filling.users += 1
             return filling
 
-    def _mark(self, name: str, filling: _Filling, block_index: int, crc: int, charge: int) -> bool:
+    def _mark(self, name: str, filling: _Filling, block_index: int, crc: int, room: _Room) -> bool:
         """Mark a block whose bytes are written; False if the extent was removed meanwhile."""
         with self._lock:
             if not filling.is_retired and not filling.marks.is_present(block_index):
                 filling.marks.set_present(block_index, crc)
-                self._accounts.grow(name, charge)
+                self._settle(room)
+                self._accounts.grow(name, room.charge)
                 filling.absent_count -= 1
                 if not filling.absent_count:
                     filling.marks.set_complete()

@@ -461,6 +461,24 @@ def test_what_was_ready_when_a_daemon_ended_is_kept(tmp_path: Path, is_clean: bo
     second.check()
 
 
+def test_a_cache_that_holds_exactly_what_is_written_lets_nothing_leave(tmp_path: Path) -> None:
+    """An object that is written while another has just been put in its place finds the room that was left for it."""
+    data = {name: data_of(name, 1000) for name in ("first", "second")}
+    disk = HookedDisk()
+    cache = Cache(tmp_path, capacity_bytes=2 * BLOCK, disk=disk)
+
+    def before(operation: str, number: int) -> None:
+        if operation == "close" and os.path.exists(cache.layout.small_file(digest_of("first"))):
+            disk.before = lambda operation, number: None
+            cache.put("second", data["second"])
+
+    disk.before = before
+    cache.put("first", data["first"])
+    assert [cache.get(name, 1000) for name in data] == list(data.values())
+    assert cache.store.statistics().evicted_count == 0
+    cache.check()
+
+
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["freed", "damaged"])
 def test_what_was_removed_when_a_daemon_was_killed_does_not_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
