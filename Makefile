@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip compiles what it installs in one process, a minute of it; this takes all cores. Some files are no Python 3.
+COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # What the tests need from the system: fusermount3 (mounts by other users than root), a web server that is not ours, etcd,
@@ -36,23 +38,25 @@ $(VENV)/.made:
 # with a GPU, and one that has no "+cpu" builds at all (macOS), gets the plain release.
 $(VENV)/.torch: $(VENV)/.made
 	@if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
-		echo 'installing torch $(TORCH)'; $(PIP) install --quiet --quiet 'torch==$(TORCH)'; \
+		echo 'installing torch $(TORCH)'; $(PIP) install --quiet --quiet --no-compile 'torch==$(TORCH)'; \
 	else \
 		echo 'installing torch $(TORCH), CPU build'; \
-		$(PIP) install --quiet --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
-		$(PIP) install --quiet --quiet --extra-index-url '$(TORCH_INDEX)' 'torch==$(TORCH)+cpu'; \
+		$(PIP) install --quiet --quiet --no-compile 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(PIP) install --quiet --quiet --no-compile --extra-index-url '$(TORCH_INDEX)' 'torch==$(TORCH)+cpu'; \
 	fi
 	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
 
 # The stamp of torch is also the constraint that keeps it as it is.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo 'installing orchestra and what the demo needs'
-	@$(PIP) install --quiet --quiet --constraint $(VENV)/.torch --editable '.[demo]'
+	@$(PIP) install --quiet --quiet --no-compile --constraint $(VENV)/.torch --editable '.[demo]'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo 'installing orchestra and what the tests need'
-	@$(PIP) install --quiet --quiet --constraint $(VENV)/.torch --editable '.[demo,dev,s3,torch]'
+	@$(PIP) install --quiet --quiet --no-compile --constraint $(VENV)/.torch --editable '.[demo,dev,s3,torch]'
+	@$(COMPILE)
 	@touch $@ $(VENV)/.demo
 
 system-packages:
@@ -68,7 +72,7 @@ azurite: $(VENV)/.made
 	@if [ -x $(AZURITE) ]; then exit 0; fi; \
 	if ! command -v npm >/dev/null; then echo 'no npm: the tests on azurite will be skipped'; exit 0; fi; \
 	echo 'installing azurite'; \
-	timeout 90 npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION) \
+	timeout 180 npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION) \
 		>/dev/null 2>&1 || { rm -rf $(VENV)/azurite; echo 'azurite could not be installed: its tests will be skipped'; }
 
 demo: $(VENV)/.demo
@@ -83,7 +87,9 @@ check: $(VENV)/.test
 
 # One run, one closing line: `system` tests share one xdist group (tests/conftest.py), so that they go one after the
 # other on one worker while the others run beside them.
-test: system-packages azurite check
+test:
+	@$(MAKE) --no-print-directory -j 3 system-packages azurite $(VENV)/.test
+	@$(MAKE) --no-print-directory check
 	@[ ! -x $(AZURITE) ] || export ORCHESTRA_AZURITE="$(CURDIR)/$(AZURITE)"; \
 	echo '$(BIN)/python -m pytest -n 2 --dist loadgroup'; $(BIN)/python -m pytest -n 2 --dist loadgroup
 
