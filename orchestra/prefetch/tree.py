@@ -7,10 +7,11 @@ what is a failure. Leaves to others: asking the stores (engine), what is done wi
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestra.engine.engine import Engine, Wanted
 from orchestra.engine.mounted import OpenedMount
@@ -75,18 +76,39 @@ async def walk(
 
 
 async def walk_paths(engine: Engine, paths: Iterable[str], *, refresh: bool = False) -> AsyncGenerator[Page, None]:
-    """Yield the files that `paths` name, in order, and those below folders among them; `paths` is read bit by bit."""
+    """Yield the files that `paths` name, in order, and those below folders among them; `paths` is read bit by bit.
+
+    Whatever is named more than once, by itself or by a folder around it, comes once: else it would count twice in what
+    there is to do, and seem to need the room of two.
+    """
+    seen: set[bytes] = set()
     waiting = iter(paths)
     while batch := [path for _, path in zip(range(PAGE_FILES), waiting, strict=False)]:
-        looked = await asyncio.gather(*(_look_up(engine, path, refresh=refresh) for path in batch))
-        yield Page(tuple(one for one in looked if isinstance(one, TreeFile)))
-        for one in looked:
-            if isinstance(one, Page):
-                yield one
-            elif isinstance(one, str):
-                async with aclosing(walk(engine, one, refresh=refresh)) as pages:
-                    async for page in pages:
-                        yield page
+        async with aclosing(_looked_up(engine, dict.fromkeys(batch), refresh=refresh)) as pages:
+            async for page in pages:
+                if page.error is not None and not _is_new(page.path, seen):
+                    continue
+                yield replace(page, files=tuple(file for file in page.files if _is_new(file.path, seen)))
+
+
+async def _looked_up(engine: Engine, paths: Iterable[str], *, refresh: bool) -> AsyncGenerator[Page, None]:
+    looked = await asyncio.gather(*(_look_up(engine, path, refresh=refresh) for path in paths))
+    yield Page(tuple(one for one in looked if isinstance(one, TreeFile)))
+    for one in looked:
+        if isinstance(one, Page):
+            yield one
+        elif isinstance(one, str):
+            async with aclosing(walk(engine, one, refresh=refresh)) as pages:
+                async for page in pages:
+                    yield page
+
+
+def _is_new(path: str, seen: set[bytes]) -> bool:
+    """Whether `path` was not asked about yet: 16 bytes stand for it, some 80 in all, where a path takes 150."""
+    mark = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    is_new = mark not in seen
+    seen.add(mark)
+    return is_new
 
 
 async def _look_up(engine: Engine, path: str, *, refresh: bool) -> TreeFile | Page | str:

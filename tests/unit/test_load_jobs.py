@@ -134,6 +134,19 @@ def test_a_missing_path_fails_the_job_with_its_name(tmp_path: Path, store: Versi
         assert "/data/nothing" in job.message
 
 
+def test_what_a_list_names_twice_is_there_once(tmp_path: Path, store: VersionedStore) -> None:
+    """A file named again, absolute and relative, or named with a folder around it counts once in files, bytes,
+    failures, and in the room that the load needs."""
+    put_tree(store, 20)
+    listed = tmp_path / "list"
+    listed.write_text("00/001\n/data/00/001\n00\nnothing\n00/\n" + "00/002\nnothing\n" * PAGE_FILES)
+    with thread_node(tmp_path, store, cache={"size_bytes": 12 * BLOCK}) as node:
+        job = node.run(_wait_over(node, submit(node, list_file=str(listed)).job_id))
+        assert (job.files_total, job.files_done, job.files_failed) == (11, 10, 1), job.failures
+        assert job.bytes_done == job.bytes_total == 10 * BLOCK
+        assert [path for path, _ in job.failures] == ["/data/nothing"]
+
+
 def test_a_list_names_what_is_loaded(tmp_path: Path, store: VersionedStore) -> None:
     """Relative lines start at the path, folders mean what is below them, and a missing name is a failure of its own."""
     put_tree(store, 30)
