@@ -6,6 +6,7 @@ Owns: how a job is printed, the progress line, what Ctrl-C does. Leaves to other
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
@@ -95,27 +96,34 @@ def status_of(found: dict[str, Any]) -> int:
     return int(found["state"] in ("FAILED", "STOPPED"))
 
 
-def wait_planned(session: Session, found: dict[str, Any]) -> dict[str, Any]:
-    """Return the job when it is known what there is to do, or that it failed."""
-    while found["state"] == "CREATED":
-        found = _ask(session, found["id"], wait_s=5)
-    return found
+def wait_planned(session: Session, found: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Return the job when it is known what there is to do, or that it failed; as `follow` until then."""
+    return follow(session, found, quiet=quiet, is_enough=lambda state: state != "CREATED", is_shown_at_once=False)
 
 
-def follow(session: Session, found: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
-    """Return the job when it is over, with progress on standard error meanwhile. Ctrl-C leaves the job running."""
+def follow(
+    session: Session,
+    found: dict[str, Any],
+    *,
+    quiet: bool,
+    is_enough: Callable[[str], bool] = lambda state: state in _OVER,
+    is_shown_at_once: bool = True,
+) -> dict[str, Any]:
+    """Return the job when its state is enough (it is over), with progress on standard error meanwhile. Ctrl-C leaves
+    the job running."""
     is_terminal = sys.stderr.isatty()
-    rounds = 0
+    rounds = drawn = 0
     try:
-        while found["state"] not in _OVER:
-            if not quiet and (is_terminal or rounds % _PLAIN_ROUNDS == 0):
+        while not is_enough(found["state"]):
+            if not quiet and (rounds or is_shown_at_once) and (is_terminal or rounds % _PLAIN_ROUNDS == 0):
                 _draw(progress_line(found), is_terminal)
+                drawn += 1
             rounds += 1
             found = _ask(session, found["id"], wait_s=_TERMINAL_INTERVAL_S)
     except KeyboardInterrupt:
         click.echo(f"\njob {found['id']} goes on; stop it with: orchestra job stop {found['id']}", err=True)
         raise
-    if not quiet and rounds and is_terminal:
+    if drawn and is_terminal:
         _draw(progress_line(found), is_terminal)
         click.echo("", err=True)
     return found

@@ -6,11 +6,12 @@ of jobs (cli.job).
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,9 @@ def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: s
         "replicas": options["replicas"] or 0,
     }
     with _listed(list_file) as listed:
-        job = _submit(session, body | listed)
+        job = _submit(session, body | listed, quiet=as_json)
         if _does_not_fit(job) and not as_json and _says_yes(job):
-            job = _submit(session, {**body, **listed, "partial": True})
+            job = _submit(session, {**body, **listed, "partial": True}, quiet=as_json)
     if wait:
         job = follow(session, job, quiet=as_json)
     if as_json:
@@ -68,22 +69,33 @@ def load(session: Session, /, path: str, wait: bool, as_json: bool, list_file: s
         raise OrchestraError(f"load of {path}: {job['message']}{_advice(job)}")
 
 
-def _submit(session: Session, body: dict[str, Any]) -> dict[str, Any]:
-    return wait_planned(session, session.daemon_request("POST", "/v1/jobs", body))
+def _submit(session: Session, body: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    return wait_planned(session, session.daemon_request("POST", "/v1/jobs", body), quiet=quiet)
 
 
 @contextmanager
 def _listed(list_file: str | None) -> Iterator[dict[str, str]]:
-    """Give what names the list to the daemon, which copies it; standard input goes through a file."""
+    """Give what names the list to the daemon, which copies it. What only this process can read goes through a file:
+    standard input, pipes, and whatever /dev/fd/63 is here."""
     if list_file is None:
         yield {}
-    elif list_file != "-":
+    elif list_file != "-" and not _is_own(Path(list_file)):
         yield {"list_file": str(Path(list_file).absolute())}
     else:
-        with tempfile.NamedTemporaryFile("wb", prefix="orchestra-load-") as copy:
-            shutil.copyfileobj(sys.stdin.buffer, copy)
+        with tempfile.NamedTemporaryFile("wb", prefix="orchestra-load-") as copy, ExitStack() as opened:
+            try:
+                lines = sys.stdin.buffer if list_file == "-" else opened.enter_context(Path(list_file).open("rb"))
+                shutil.copyfileobj(lines, copy)
+            except OSError as error:
+                raise OrchestraError(f"the list {list_file} cannot be read: {error.strerror}") from error
             copy.flush()
             yield {"list_file": copy.name}
+
+
+def _is_own(list_file: Path) -> bool:
+    """Whether a file of that name is another one, or none, in another process."""
+    is_special = list_file.exists() and not list_file.is_file() and not list_file.is_dir()
+    return is_special or Path(os.path.realpath(list_file.parent)).parts[:2] in (("/", "proc"), ("/", "dev"))
 
 
 def _does_not_fit(job: dict[str, Any]) -> bool:

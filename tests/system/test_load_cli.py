@@ -134,6 +134,13 @@ def test_a_list_from_standard_input_is_loaded(node: DaemonNode, origin: OriginPr
     assert run(node, "load", "--list", "/nowhere", "/data", status=1).stderr.count("\n") == 1
 
 
+def test_a_list_that_is_a_pipe_of_the_command_is_read_by_it(node: DaemonNode, origin: OriginProcess) -> None:
+    """What the shell's <(find ...) and /dev/stdin are here is another file, or none, in the daemon: it would load
+    nothing and call that a success."""
+    run(node, "load", "--wait", "--list", "/dev/stdin", "/data/set", stdin="00/0001.bin\n00/0002.bin\n")
+    assert gets(origin) == 2
+
+
 def test_bad_input_is_one_line(node: DaemonNode) -> None:
     """A missing path, a job that there is not, a rate that is none, and a list of what failed end with one line."""
     assert "/data/nothing" in run(node, "load", "--wait", "/data/nothing", status=1).stderr
