@@ -16,6 +16,7 @@ from pathlib import Path
 import platformdirs
 
 from orchestra.client.locations import namespace_path
+from orchestra.errors import UsageError
 
 _FSTYPE = "fuse.orchestra"
 
@@ -54,13 +55,17 @@ def namespace_paths(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[str],
     """Return each path's name in the namespace ("" for one that has none), and the first path that has none.
 
     `orchestra:///a/b` lies there by itself; a path of this machine if it lies in a mounted folder, links followed.
+    Raises UsageError for what is no path.
     """
     folders = mounted_folders()
     real: dict[str, str] = {}
     translated = []
     stranger: str | None = None
     for path in paths:
-        text = os.fspath(path)
+        try:
+            text = os.fsdecode(path)
+        except TypeError as error:
+            raise UsageError(f"expected the path of a sample, got {path!r}") from error
         inside = namespace_path(text)
         if inside is None:
             inside = _in_folders(text, folders) or _in_folders(_resolved(text, real), folders)

@@ -58,6 +58,7 @@ class PlanPublisher:
         self._moving = DaemonConnection(socket_path, timeout_s=_POSITION_TIMEOUT_S)
         self._positions = Posting(self._moving)
         self.rest_s = 0.0  # for so long the daemon need not hear where the reader is
+        self.failure = ""  # why the first of the files that could not be fetched could not be
 
     @property
     def messages_sent(self) -> int:
@@ -103,7 +104,9 @@ class PlanPublisher:
         """Say that `offset` samples of that epoch were drawn; False if the daemon knows nothing of it (then
         `publish_again`). Never starts a daemon."""
         body = {"plan": self.name, "epoch": epoch, "position": offset}
-        return bool(self._send(self._moving, "POST", "/v1/plans/position", body)["known"])
+        answer = self._send(self._moving, "POST", "/v1/plans/position", body)
+        self.failure = str(answer.get("failure", ""))
+        return bool(answer["known"])
 
     def move_soon(self, epoch: int, offset: int) -> bool:
         """As `move`, for a training that must not wait for it: the answer is that to the position before, True if
@@ -116,6 +119,7 @@ class PlanPublisher:
         if before is None:
             return True
         self.rest_s = float(before.get("rest_s", 0.0))
+        self.failure = str(before.get("failure", ""))
         return bool(before["known"])
 
     @property

@@ -92,6 +92,7 @@ class _Plan:
     told: tuple[int, int] | None = None  # (epoch, offset) as the reader said last
     fetched: int = 0
     failed: int = 0
+    failure: str = ""  # the first of them
 
     def standing(self) -> Standing:
         """The plan's marks."""
@@ -191,6 +192,11 @@ class PlanRunner:
         if plan is None or plan.in_flight or plan.no_room or plan.frontier < plan.timeline.known_stop:
             return 0.0
         return _REST_S
+
+    def failure(self, name: str) -> str:
+        """Why the first of a plan's files that could not be fetched could not be; empty if all could."""
+        plan = self._plans.get(name)
+        return "" if plan is None else plan.failure
 
     def end(self, name: str) -> bool:
         """Forget a plan; what is being fetched for it comes. False if there is none of that name."""
@@ -404,6 +410,7 @@ class PlanRunner:
         except (OrchestraError, OSError) as error:
             # The reader will see the error itself, if it is still there when he comes.
             plan.failed += 1
+            plan.failure = plan.failure or str(error)
             log.info("ahead of plan %s: %s", plan.name, error)
         finally:
             plan.in_flight -= 1

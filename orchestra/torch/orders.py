@@ -109,9 +109,9 @@ class GivenOrder:
         self._loaded: array[int] | None = None
 
     def of(self, epoch: int) -> array[int]:
-        """See Orders."""
+        """See Orders. Raises UsageError for a sampler that yields anything but indexes."""
         order, self._loaded = self._loaded, None
-        self._current = array(_INDEX_TYPE, self._sampler) if order is None else order
+        self._current = _drawn(self._sampler) if order is None else order
         self.length = len(self._current)
         return self._current
 
@@ -164,6 +164,16 @@ class GivenOrder:
         generator = getattr(self._sampler, "generator", None)
         if isinstance(generator, torch.Generator) and "generator" in state:
             generator.set_state(state["generator"])
+
+
+def _drawn(sampler: Iterable[int]) -> array[int]:
+    try:
+        return array(_INDEX_TYPE, sampler)
+    except (TypeError, OverflowError) as error:
+        raise UsageError(
+            f"{type(sampler).__name__} does not yield indexes of samples, whole numbers from 0 ({error}): a sampler is "
+            "planned, not a batch sampler"
+        ) from error
 
 
 def share_of(order: array[int], started: int, rank: int, world_size: int, *, drop_last: bool) -> array[int]:

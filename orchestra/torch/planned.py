@@ -11,7 +11,7 @@ import logging
 import os
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -35,6 +35,8 @@ _POSITION_NS = 100_000_000
 # Messages in a row that may fail before the rest of the epoch goes without.
 _FAILURES_MAX = 3
 _STATE_FORMAT = 1
+# What torch's generator takes, with room for the epoch that is added.
+_SEED_MIN, _SEED_MAX = -(2**63), 2**63 - 1
 
 
 @dataclass(slots=True)
@@ -83,7 +85,7 @@ class PlannedSampler(Sampler[int]):
         clock: Clock | None = None,
     ) -> None:
         """Sends nothing yet. Raises UsageError for no paths, a rank that cannot be, a sampler without a length."""
-        if isinstance(dataset_paths, (str, os.PathLike)):
+        if isinstance(dataset_paths, (str, os.PathLike, Mapping)) or not isinstance(dataset_paths, Sized):
             raise UsageError(f"dataset_paths: expected the path of every sample, by index, got {dataset_paths}")
         if not len(dataset_paths):
             raise UsageError("a plan needs the paths of at least one sample")
@@ -98,6 +100,7 @@ class PlannedSampler(Sampler[int]):
         self._publisher: PlanPublisher | None = None
         self._is_warned = False
         self._is_published = False
+        self._is_failure_said = False
 
     # -- the sampler -----------------------------------------------------------------------------------------------
 
@@ -149,6 +152,8 @@ class PlannedSampler(Sampler[int]):
         saw delivered; else what was drawn, which is right for a loader without workers (with workers the sampler is
         some batches ahead of the training).
         """
+        if consumed is not None and not _is_count(consumed):
+            raise UsageError(f"consumed: expected the samples that this rank took in this pass, got {consumed!r}")
         running = self._pass
         if running is None or self._next is not None:
             epoch, total = self._coming()
@@ -171,7 +176,8 @@ class PlannedSampler(Sampler[int]):
 
         Raises UsageError if the state is of other samples or of another kind of order.
         """
-        if state.get("format") != _STATE_FORMAT:
+        is_state = isinstance(state, Mapping) and state.get("format") == _STATE_FORMAT
+        if not is_state or not all(_is_count(state.get(name)) for name in ("samples", "epoch", "consumed")):
             raise UsageError("this is not the state of a PlannedSampler")
         if state["samples"] != len(self._paths):
             raise UsageError(f"the state is of {state['samples']} samples, this sampler has {len(self._paths)}")
@@ -249,10 +255,17 @@ class PlannedSampler(Sampler[int]):
                 publisher.publish_again()
                 publisher.move(running.number, offset)
             running.failures = 0
+            if publisher.failure and not self._is_failure_said:
+                self._is_failure_said = True
+                log.warning("a file of the plan cannot be fetched ahead: %s (see: orchestra stalls)", publisher.failure)
         except (OrchestraError, OSError) as error:
             running.failures += 1
             log.debug("the reader's position could not be said: %s", error)
         return running.failures < _FAILURES_MAX
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and int(value) >= 0
 
 
 def _end(publisher: PlanPublisher) -> None:
@@ -282,6 +295,8 @@ def _followed(
         raise UsageError(f"sampler_or_seed: expected a sampler, a whole number or None, got {order!r}")
     orders: Orders
     if order is None or isinstance(order, (int, Integral)):  # numpy's, too
+        if order is not None and not _SEED_MIN <= int(order) <= _SEED_MAX:
+            raise UsageError(f"sampler_or_seed: expected a seed of at most 63 bits, got {order}")
         orders = SeededOrder(samples_count, None if order is None else int(order))
         if rank is None and distributed.is_available() and distributed.is_initialized():
             rank, world_size = distributed.get_rank(), distributed.get_world_size()

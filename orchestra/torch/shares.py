@@ -6,6 +6,7 @@ Owns: that arithmetic, DistributedSampler's. Leaves to others: the order of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -22,6 +23,9 @@ class Share:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("world_size", self.world_size)):
+            if not isinstance(value, Integral):  # such as the text of an environment's variable
+                raise UsageError(f"{name}: expected a whole number, got {value!r}")
         if self.world_size < 1:
             raise UsageError(f"world_size: expected at least 1, got {self.world_size}")
         if not 0 <= self.rank < self.world_size:

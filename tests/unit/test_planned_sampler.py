@@ -141,19 +141,30 @@ def test_a_sampler_of_all_ranks_is_shared(alone: str) -> None:
         (0, {"rank": 2, "world_size": 2}, "rank: expected 0 to 1, got 2"),
         (0, {"rank": 0, "world_size": 0}, "world_size: expected at least 1, got 0"),
         (0, {"rank": 0}, "rank and world_size go together"),
+        (0, {"rank": "0", "world_size": "2"}, "rank: expected a whole number, got '0'"),
+        (2**64, {}, "expected a seed of at most 63 bits"),
         (iter([1, 2]), {}, "has no length"),
         (distributed(4, 0, 2), {}, "5 paths for the 4 samples"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(alone: str, order: Any, options: dict[str, Any], message: str) -> None:
-    """A truth value, a text, a rank that there is not, no rank at all, half a share, an order without an end, a sampler
-    of other samples."""
+    """A truth value, a text, a rank that there is not, no rank at all, half a share, an environment's text, a seed that
+    no generator takes, an order without an end, a sampler of other samples."""
     with pytest.raises(UsageError, match=message):
         planned(alone, 5, order, **options)
     with pytest.raises(UsageError, match="at least one sample"):
         PlannedSampler([], 0)
     with pytest.raises(UsageError, match="expected the path of every sample, by index, got orchestra:///data"):
         PlannedSampler("orchestra:///data", 0)
+    with pytest.raises(UsageError, match="expected the path of every sample, by index, got <generator"):
+        PlannedSampler((path for path in paths_of(5)), 0)
+
+
+@pytest.mark.parametrize("yielded", [[0, -1], [[0, 1], [2]], ["a"]])
+def test_a_sampler_of_something_else_than_indexes_is_refused(alone: str, yielded: list[Any]) -> None:
+    """Negative numbers, batches, names: one sentence that says what was expected."""
+    with pytest.raises(UsageError, match="list does not yield indexes of samples, whole numbers from 0"):
+        list(planned(alone, 5, yielded))
 
 
 # -- resuming ------------------------------------------------------------------------------------------------------
@@ -262,8 +273,12 @@ def test_a_state_of_something_else_is_refused(alone: str) -> None:
     for other in (planned(alone, 6, 1), planned(alone, 5, 2), planned(alone, 5, SequentialSampler(range(5)))):
         with pytest.raises(UsageError):
             other.load_state_dict(state)
-    with pytest.raises(UsageError):
-        sampler.load_state_dict({})
+    for nothing in ({}, {"format": 1}, None, {**state, "consumed": -1}):
+        with pytest.raises(UsageError, match="not the state of a PlannedSampler"):
+            sampler.load_state_dict(nothing)
+    for consumed in (-5, 2.5):
+        with pytest.raises(UsageError, match="consumed: expected the samples"):
+            sampler.state_dict(consumed)
 
 
 # -- publishing ----------------------------------------------------------------------------------------------------
@@ -284,6 +299,14 @@ def test_paths_that_lie_elsewhere_are_a_warning(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         assert list(sampler) == [0, 1]
     assert "nor in a mounted folder" in caplog.text
+
+
+def test_what_is_no_path_is_a_warning(alone: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the plan needs paths: the order is yielded all the same."""
+    sampler = PlannedSampler([1, None], None, config=alone)
+    with caplog.at_level(logging.WARNING):
+        assert list(sampler) == [0, 1]
+    assert "expected the path of a sample, got 1" in caplog.text
 
 
 def test_a_copy_publishes_nothing_of_the_original(alone: str) -> None:
@@ -371,6 +394,24 @@ class TestWithNode:
                 self._await_answer(node, sampler)
             assert self.COUNT // 10 <= publisher.messages_sent - published <= self.COUNT // 10 + 3
             sampler.close()
+
+    def test_files_that_are_not_there_are_one_warning(
+        self, tmp_path: Path, store: VersionedStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Misspelt paths would have the plan fetch nothing, and nobody know; what is there is fetched all the same."""
+        with thread_node(tmp_path, store) as node, caplog.at_level(logging.WARNING, "orchestra.torch"):
+            paths = [*paths_of(self.COUNT), "orchestra:///data/fO1", "orchestra:///dato/f1"]
+            sampler = PlannedSampler(paths, 1, config=config_at(tmp_path))
+            drawing, publisher = self._begun(sampler)
+            while node.node.plans.rest_s(publisher.name) == 0:
+                node.run(asyncio.sleep(0))
+            list(drawing)
+            assert sorted(sampler) == list(range(self.COUNT + 2))
+            assert len(store.reads) == self.COUNT
+            sampler.close()
+        (said,) = [record.getMessage() for record in caplog.records]
+        assert said.startswith("a file of the plan cannot be fetched ahead: no ")
+        assert "/data/fO1" in said or "/dato/f1" in said
 
     def test_a_daemon_that_forgets_is_told_again(self, tmp_path: Path, store: VersionedStore) -> None:
         """In the middle of an epoch the daemon is another one: what it answers to the next message makes the one after

@@ -59,12 +59,12 @@ async def add_order(request: web.Request) -> web.Response:
 
 
 async def move(request: web.Request) -> web.Response:
-    """POST {plan, epoch, position} -> {known, rest_s}: `known` is false if the plan has to be published (again); for
-    `rest_s` the next position may be left unsaid."""
+    """POST {plan, epoch, position} -> {known, rest_s, failure}: `known` is false if the plan has to be published
+    (again); for `rest_s` the next position may be left unsaid; `failure` says why a file could not be fetched ahead."""
     body, plans = await body_of(request), request.app[NODE].plans
     name, epoch, position = typed(body, "plan", str), typed(body, "epoch", int), typed(body, "position", int)
     known = plans.move(name, epoch, max(0, position))
-    return answer({"known": known, "rest_s": plans.rest_s(name)})
+    return answer({"known": known, "rest_s": plans.rest_s(name), "failure": plans.failure(name)})
 
 
 async def end(request: web.Request) -> web.Response:
