@@ -46,6 +46,14 @@ class ReadTotals:
             self.miss_bytes + other.miss_bytes,
         )
 
+    def __sub__(self, other: ReadTotals) -> ReadTotals:
+        return ReadTotals(
+            self.hits - other.hits,
+            self.hit_bytes - other.hit_bytes,
+            self.misses - other.misses,
+            self.miss_bytes - other.miss_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class AccessNote:
@@ -124,6 +132,9 @@ class AccessLog:
         self._directory = directory
         self._open: dict[str, tuple[int, mmap.mmap, int]] = {}
         self._finished = ReadTotals()
+        # Readers outlive daemons: what they read before is not of this one, whose other counts all begin at zero.
+        self._before = ReadTotals()
+        self._before = self.totals()
 
     def collect(self) -> list[AccessNote]:
         """Return the notes written since the last call, and remove the rings of readers that are gone."""
@@ -144,9 +155,9 @@ class AccessLog:
         return notes
 
     def totals(self) -> ReadTotals:
-        """Return what all readers, also those gone since the daemon's start, have read."""
+        """Return what all readers, also those gone meanwhile, have read since the daemon's start."""
         self._discover()
-        total = self._finished
+        total = self._finished - self._before
         for _, ring, _ in self._open.values():
             total += _read_totals(ring)
         return total

@@ -25,6 +25,8 @@ BUCKET_S = 60
 _BUCKETS_MAX = 240
 # Below this share of its time nobody notices what an epoch waits for data.
 NOTICEABLE_RATIO = 0.01
+# ... nor of all that a node's readers did, whose time the node does not know: some look-ups by `ls` take as long.
+_NOTICEABLE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +205,17 @@ def node_advice(node: NodeFigures) -> str:
         return "no reader of this node has waited for anything"
     cause = node.waits.largest()
     waited = f"readers waited {format_duration(node.waits.total_s)} in all"
+    if node.waits.total_s < _NOTICEABLE_S:
+        return f"{waited}: there is nothing to gain"
     if cause != "store":
         return f"{waited}, most of it for {_REMEDIES[cause]}"
     gave = node.fetched_bytes / node.store_busy_s if node.store_busy_s > 0 else 0.0
     mean_ms = 1000 * node.waits.store_s / max(1, node.misses)
     text = f"{waited}, most of it for the store, which gave {format_size(gave)}/s, {mean_ms:.0f} ms a fetch"
     if node.fetched_bytes > node.capacity_bytes > 0:
-        return f"{text}; {format_size(node.fetched_bytes - node.capacity_bytes)} more cache would keep what was fetched"
+        # What left and was fetched again is in it more than once: epochs would add up to any number.
+        short = format_size(node.fetched_bytes - node.capacity_bytes)
+        return f"{text}; a larger cache (by at most {short}) would keep what was fetched"
     return f"{text}; what was fetched is kept, so reading it again need not wait"
 
 

@@ -119,6 +119,20 @@ def test_rings_outlive_the_daemon(ring: AccessRing, directory: str) -> None:
     second.close()
 
 
+def test_what_was_read_under_an_earlier_daemon_is_not_of_this_one(ring: AccessRing, directory: str) -> None:
+    """A mount lives through many daemons; what it read counts from each one's start, as all other figures do."""
+    ring.hit(DIGEST, 0, 1, 1000)
+    ring.miss(DIGEST, 0, 1, 500)
+    log = AccessLog(directory)
+    assert log.totals() == ReadTotals()
+    ring.hit(DIGEST, 1, 1, 10)
+    assert log.totals() == ReadTotals(hits=1, hit_bytes=10)
+    ring.abandon()
+    log.collect()
+    assert log.totals() == ReadTotals(hits=1, hit_bytes=10)
+    log.close()
+
+
 def test_without_a_directory_reading_goes_on(tmp_path: Path) -> None:
     """A reader that cannot make its ring reads all the same; statistics are not worth an error."""
     ring = AccessRing(str(tmp_path / "missing"))

@@ -143,6 +143,8 @@ def test_nothing_to_say_is_said() -> None:
     """An epoch that waited less than one part in a hundred, and a node whose readers waited for nothing."""
     assert "nothing to gain" in advice(epoch(Waits(store_s=0.5)))
     assert "has waited" in node_advice(NodeFigures())
+    assert node_advice(NodeFigures(Waits(metadata_s=0.013))) == "readers waited 13ms in all: there is nothing to gain"
+    assert "by at most 2.0 MiB" in node_advice(NodeFigures(Waits(store_s=5), 1, 3 * MIB, 1.0, 0, 0, MIB))
     assert "for the store" in advice(epoch(Waits(store_s=50.0)))
 
 
