@@ -29,8 +29,8 @@ from orchestra.values import ByteRange
 if TYPE_CHECKING:
     from orchestra.engine.engine import EngineStatistics, Wanted
 
-# Brings a part in the usual way.
-Otherwise = Callable[[], Coroutine[Any, Any, bool]]
+# Brings a part in the usual way, as early as that says.
+Otherwise = Callable[[Priority], Coroutine[Any, Any, bool]]
 
 
 class CarriedParts:
@@ -114,7 +114,7 @@ class _Carriage:
         self._otherwise = otherwise
         self._placing: Placing | None = None
         self._is_granted = False
-        self._urgency = Priority.LOAD  # of whoever waits for it since before it was sent
+        self._urgency = Priority.LOAD  # of whoever waits for it
         self._errand: Errand | None = None
         self._number = -1
         self._task: asyncio.Task[bool] | None = None
@@ -184,7 +184,7 @@ class _Carriage:
 
         async def bring() -> bool:
             TRIED.set(tried)
-            return await self._otherwise()
+            return await self._otherwise(self._urgency)
 
         self._task = asyncio.create_task(bring())
         self._task.add_done_callback(self._brought)
@@ -193,7 +193,8 @@ class _Carriage:
         self._over(None if task.cancelled() else task.exception() or task.result())
 
     def hasten(self, priority: Priority) -> None:
-        """Wherever it waits."""
+        """Wherever it waits, and will wait."""
+        self._urgency = min(self._urgency, priority)
         if self._task is not None:
             self._parts.fetcher.hasten(self._task, priority)
         elif priority >= Priority.LOAD:
@@ -201,7 +202,6 @@ class _Carriage:
         elif self._errand is not None:
             self._parts.courier.hasten(self._number, priority)
         else:
-            self._urgency = min(self._urgency, priority)
             self._parts.fetcher.hasten(self.flight, priority)
 
     async def give_up(self) -> None:

@@ -420,9 +420,9 @@ class Engine:
     def _start(
         self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: Marks
     ) -> asyncio.Future[bool]:
-        bring = partial(self._fetch_part, digest, wanted, part, priority, marks)
+        bring = partial(self._fetch_part, digest, wanted, part, marks)
         if self.carried is None or self.sharing is not None or not self.carried.takes(wanted, part, priority):
-            return asyncio.create_task(bring())
+            return asyncio.create_task(bring(priority))
         span = self.geometry.block_range(wanted.info.size_bytes, part.start)
         return self.carried.start(wanted, part.start, span, marks, bring)
 
@@ -444,7 +444,7 @@ class Engine:
         if not task.cancelled() and isinstance(task.exception(), StaleObjectError):
             self._note_stale(wanted)  # before anybody who waited goes on
 
-    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, priority: Priority, marks: Marks) -> bool:
+    async def _fetch_part(self, digest: str, wanted: Wanted, part: range, marks: Marks, priority: Priority) -> bool:
         marks.append(self.stalls.now_ns())
         size = wanted.info.size_bytes
         span = self.geometry.block_range(size, part.start)

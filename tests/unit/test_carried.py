@@ -79,14 +79,16 @@ class World:
         self.parts = CarriedParts(self.courier, cache.store, Fetcher(self.budget), EngineStatistics())
         self.mount = OpenedMount(MountConfig("/data", ("test://",)), "config", SigningStore())
         self.brought: list[str] = []
+        self.urgencies: list[Priority] = []
         self.room_bytes = cache.store.room_bytes()
 
     def start(self, key: str) -> asyncio.Future[bool]:
         """Have a small object brought."""
         wanted = Wanted(self.mount, ObjectInfo(key, SIZE, 0, "v"), ByteRange(0, SIZE))
 
-        async def otherwise() -> bool:
+        async def otherwise(urgency: Priority) -> bool:
             self.brought.append(key)
+            self.urgencies.append(urgency)
             return True
 
         return self.parts.start(wanted, 0, ByteRange(0, SIZE), [], otherwise)
@@ -168,3 +170,19 @@ async def test_who_waits_for_a_block_that_waits_for_the_budget_waits_for_no_othe
     world.courier.errands[2](NotCarriedError())
     assert all(await asyncio.gather(first, second, third))
     world.check_nothing_kept()
+
+
+async def test_a_reader_waits_no_longer_for_what_a_courier_could_not_bring(world: World) -> None:
+    """Who waited for the errand, or began to as it failed, is not behind all that the load asks for: it is brought as
+    urgently as he wants it."""
+    sent, waits, unread = world.start("sent"), world.start("waits"), world.start("unread")
+    world.parts.hasten(sent, Priority.DEMAND)
+    world.courier.is_up = False
+    world.courier.errands[0](NotCarriedError())
+    world.parts.hasten(waits, Priority.READAHEAD)
+    assert all(await asyncio.gather(sent, waits, unread))
+    assert dict(zip(world.brought, world.urgencies, strict=True)) == {
+        "sent": Priority.DEMAND,
+        "waits": Priority.READAHEAD,
+        "unread": Priority.LOAD,
+    }
