@@ -6,9 +6,9 @@ Owns: when that begins, where, when it stops and when it begins again. Leaves to
 It loads the folder that is being read, then the folder around it, and so on up to the whole mount: a bucket often holds
 more data sets than the one that is trained on. When readers begin to miss elsewhere, it goes on from there.
 
-It takes only space that is free: it never makes anything leave the cache, and stops when what is left is hardly more
-than what readers may bring at the same time. So it cannot thrash: a block comes at most once by it until somebody else
-evicts it.
+It takes only space that is free, of the cache and of the mount's quota: it never makes anything leave, and stops when
+what is left is hardly more than what readers may bring at the same time. So it cannot thrash: a block comes at most
+once by it until somebody else evicts it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from orchestra.prefetch.yielding import Yielding
 log = logging.getLogger(__name__)
 
 # Free space that is left alone, beside the piece in hand: room for what readers bring while a window of ours is under
-# way. Of a cache of 64 GiB it is the byte budget, of a tiny one a sixteenth.
+# way. Of a cache of 64 GiB it is the byte budget, of a tiny one, or a tiny quota, a sixteenth.
 _MARGIN_RATIO = 1 / 16
 # After a run that ended early (a full cache, a store that fails) a miss begins another one no sooner than this.
 _PAUSE_NS = 30_000_000_000
@@ -141,9 +141,9 @@ class DatasetPrefetch:
         steering: Steering,
         clock: Clock,
         limits: DatasetLimits,
-        room_bytes: Callable[[], int],
+        room_bytes: Callable[[str], int],
     ) -> None:
-        """`room_bytes`: what may be written now without anything leaving the cache."""
+        """`room_bytes`: what may be written now, of the store with that id, without anything having to leave."""
         self._engine = engine
         self._geometry = geometry
         self._steering = steering
@@ -192,7 +192,7 @@ class DatasetPrefetch:
         if run.mount is not mount:
             return True
         is_rested = self._clock.now_ns() - run.ended_ns >= _PAUSE_NS
-        return is_rested and self._room_bytes() > 2 * self._limits.margin_bytes
+        return is_rested and self._spare_bytes(mount) > self._margin_bytes(mount)
 
     async def _load(self, run: _Run, folder: str) -> None:
         """Load `folder`, then the folder around it, up to the whole mount; what is here already costs a look each."""
@@ -229,14 +229,23 @@ class DatasetPrefetch:
             priority=Priority.BACKGROUND,
             limit=self._limits.requests_max,
             clock=self._clock,
-            has_room=lambda size_bytes: self._has_room(loader, size_bytes),
+            # Whether a piece fits beside what is in flight already, ours and readers', without anything leaving.
+            has_room=lambda size_bytes: loader.bytes_in_flight + size_bytes <= self._spare_bytes(run.mount),
         )
         async with self._steering.steer(loader, run.squeeze):
             return await loader.run(self._pages(run, start))
 
-    def _has_room(self, loader: Loader, size_bytes: int) -> bool:
-        """Whether a piece fits beside what is in flight already, ours and readers', without anything leaving."""
-        return self._room_bytes() - loader.bytes_in_flight - size_bytes >= self._limits.margin_bytes
+    def _spare_bytes(self, mount: OpenedMount) -> int:
+        """What of the free space, the cache's and that within the mount's quota, is not left alone."""
+        spare_bytes = self._room_bytes(mount.store.store_id) - self._margin_bytes(mount)
+        if mount.config.quota_bytes is not None:
+            spare_bytes = min(spare_bytes, self._room_bytes("") - self._limits.margin_bytes)
+        return spare_bytes
+
+    def _margin_bytes(self, mount: OpenedMount) -> int:
+        quota_bytes = mount.config.quota_bytes
+        margin_bytes = self._limits.margin_bytes
+        return margin_bytes if quota_bytes is None else min(margin_bytes, int(quota_bytes * _MARGIN_RATIO))
 
     async def _pages(self, run: _Run, start: str) -> AsyncGenerator[Page, None]:
         """The files below `start` that were not looked at yet, until the mount is changed or its store fails and

@@ -220,6 +220,7 @@ def thread_node(
     extent_size_bytes: int = 16 * KIB,
     freshness_s: float = 60.0,
     prefetch: str = "none",
+    quota_bytes: int | None = None,
     cache: Mapping[str, Any] | None = None,
     fetch: FetchConfig | None = None,
     readers: tuple[str, ...] = (),
@@ -228,7 +229,8 @@ def thread_node(
     are 4 KiB, unless the test says so."""
     stores = store if isinstance(store, Mapping) else {"/data": store}
     mounts = tuple(
-        MountConfig(path, (f"memory://{path}",), freshness_s=freshness_s, prefetch=prefetch) for path in stores
+        MountConfig(path, (f"memory://{path}",), freshness_s=freshness_s, prefetch=prefetch, quota_bytes=quota_bytes)
+        for path in stores
     )
     cache_config = CacheConfig(
         root / "cache",

@@ -176,6 +176,17 @@ def test_it_stops_before_the_cache_is_full_and_evicts_nothing(tmp_path: Path, st
         assert node.run(_statuses(node))[0]["runs"] == 1
 
 
+def test_it_stops_before_a_quota_is_full_and_evicts_nothing(tmp_path: Path, store: VersionedStore) -> None:
+    """A mount whose quota is smaller than its data set: what came first would leave for what comes last, and the whole
+    data set be fetched for nothing."""
+    with thread_node(tmp_path, store, prefetch="dataset", quota_bytes=16 * BLOCK) as node:
+        node.client().read_file("/data/00/000")
+        (status,) = node.run(_ended(node))
+        assert status["state"] == "full"
+        assert 10 <= len(store.reads) <= 15
+        assert node.node.blocks.statistics().evicted_count == 0
+
+
 def test_it_begins_again_when_something_is_missed_later(tmp_path: Path, store: VersionedStore) -> None:
     """New files are noticed at the first miss, after a pause, and come too."""
     clock = ManualClock()
