@@ -62,6 +62,8 @@ def _raw_seal(path: str, fd: int) -> bytes:
         return b""
     try:
         return os.read(side, SEAL_SIZE_BYTES + 1)
+    except OSError:
+        return b""  # a folder, or a disk that fails
     finally:
         os.close(side)
 

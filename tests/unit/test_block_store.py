@@ -14,6 +14,7 @@ import pytest
 
 from orchestra.blocks.accounts import CacheFullError
 from orchestra.blocks.disk import LocalDisk
+from orchestra.blocks.formats import SEAL_ATTRIBUTE
 from orchestra.blocks.reader import CorruptBlockError
 from orchestra.blocks.rules import Origin
 from orchestra.values import ByteRange
@@ -499,6 +500,23 @@ def test_what_was_removed_when_a_daemon_was_killed_does_not_come_back(
     assert second.get("small", 1000) is None
     assert os.listdir(second.layout.tmp) == []
     second.check()
+
+
+def test_a_folder_in_the_place_of_a_seal_is_no_seal(tmp_path: Path) -> None:
+    """Neither a reader nor a daemon that starts stumbles over it: the object is missing, and is written again."""
+    first = Cache(tmp_path)
+    data = data_of("small", 1000)
+    first.put("small", data)
+    place = first.layout.small_file(digest_of("small"))
+    os.removexattr(place, SEAL_ATTRIBUTE)
+    for unsealed in (Path(place), first.layout.tmp / "ready"):
+        unsealed.write_bytes(data)
+        Path(f"{unsealed}.seal").mkdir()
+    first.crash()
+    second = Cache(tmp_path)
+    assert second.get("small", 1000) is None
+    second.put("small", data)
+    assert second.get("small", 1000) == data
 
 
 def test_an_extent_is_filled_on_after_a_restart(tmp_path: Path) -> None:
