@@ -86,6 +86,7 @@ class _Plan:
     ahead: deque[_Ahead] = field(default_factory=deque)  # steps from `position` on
     drawn: deque[_Ahead] = field(default_factory=deque)  # the ones before it that may still be read
     size_mean_bytes: float = 0.0
+    store_id: str = ""  # whose file was looked at last: where it has a quota, that bounds the plan
     rate_steps_per_s: float = 0.0
     # What is here is all needed sooner than these: tried again as the reader goes on, and nothing else is meanwhile.
     no_room: list[_Ahead] = field(default_factory=list)
@@ -352,13 +353,18 @@ class PlanRunner:
         return steps_to_look_at(standing, PlanLimits(self._ahead_max(plan), self._limit - others))
 
     def _ahead_max(self, plan: _Plan) -> int:
-        all_ahead = sum(other.ahead_bytes for other in self._plans.values())
-        on_the_way = sum(other.in_flight * other.size_mean_bytes for other in self._plans.values())
+        sharing, capacity_bytes = list(self._plans.values()), self._capacity_bytes
+        quota = self._blocks.space.quota_of(plan.store_id)
+        if quota is not None:  # only what comes from that store has to make room
+            capacity_bytes = min(capacity_bytes, quota[0])
+            sharing = [other for other in sharing if other.store_id == plan.store_id]
+        all_ahead = sum(other.ahead_bytes for other in sharing)
+        on_the_way = sum(other.in_flight * other.size_mean_bytes for other in sharing)
         limit = ahead_limit_bytes(
-            room_bytes=self._blocks.room_bytes() - int(on_the_way),
+            room_bytes=self._blocks.room_bytes(plan.store_id) - int(on_the_way),
             ahead_bytes=all_ahead,
-            capacity_bytes=self._capacity_bytes,
-            rate_bytes_per_s=sum(one.rate_steps_per_s * one.size_mean_bytes for one in self._plans.values()),
+            capacity_bytes=capacity_bytes,
+            rate_bytes_per_s=sum(one.rate_steps_per_s * one.size_mean_bytes for one in sharing),
         )
         return limit - (all_ahead - plan.ahead_bytes)
 
@@ -397,6 +403,7 @@ class PlanRunner:
             if found.kind is not EntryKind.FILE:
                 raise UsageError(f"not a file: {path}")
             wanted = self._engine.want(path, found.version, found.size_bytes, ByteRange(0, found.size_bytes))
+            plan.store_id = wanted.mount.store.store_id
             left_count = self._blocks.left_count  # before it is looked whether the file is here
             missing_bytes = self._settle(plan, entry, wanted.digest, found.size_bytes)
             # What the accounts hold is not looked at: after a reboot its first reader has it verified.

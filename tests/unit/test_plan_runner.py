@@ -307,9 +307,10 @@ def test_a_reader_that_comes_back_goes_on_where_it_was(tmp_path: Path, store: Ve
         publisher.close()
 
 
-def test_the_next_epoch_decides_what_stays(tmp_path: Path) -> None:
-    """A cache of half of the data set, read by a plan in five shuffled epochs: from the second on hardly more than the
-    other half is fetched, and every read is of what is here already. (LRU would fetch 85 of 100.)"""
+@pytest.mark.parametrize("limit", ["cache", "quota"])
+def test_the_next_epoch_decides_what_stays(tmp_path: Path, limit: str) -> None:
+    """A cache, or a quota, of half of the data set, read by a plan in five shuffled epochs: from the second on hardly
+    more than the other half is fetched, and every read is of what is here already. (LRU would fetch 85 of 100.)"""
     count, held = 400, 200
     store = VersionedStore()
     for number in range(count):
@@ -317,7 +318,9 @@ def test_the_next_epoch_decides_what_stays(tmp_path: Path) -> None:
     paths = [f"/data/f{number}" for number in range(count)]
     orders = [array("I", random.Random(epoch).sample(range(count), count)) for epoch in range(6)]
     # A file of a hundred bytes takes a page of the disk.
-    with thread_node(tmp_path, store, cache={"size_bytes": held * 4096, "eviction": "auto"}) as node:
+    cache = {"size_bytes": (held if limit == "cache" else count) * 4096, "eviction": "auto"}
+    quota_bytes = held * 4096 if limit == "quota" else None
+    with thread_node(tmp_path, store, cache=cache, quota_bytes=quota_bytes) as node:
         client = node.client()
         client.list("/data")
         publisher = PlanPublisher(node.config, paths)
