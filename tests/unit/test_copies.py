@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from orchestra.blocks.accounts import Accounts, NotAdmittedError, SpaceLimit
 from orchestra.blocks.eviction import NeverPolicy
 from orchestra.blocks.rules import Origin, SpaceRules
+from orchestra.clock import SystemClock
+from orchestra.cluster.ring import Ring, RingNode
+from orchestra.daemon.nodes.marks import CopyMarks
 from orchestra.units import GIB
-from tests.support.cache import full_disk
+from tests.support.cache import Cache, data_of, digest_of, full_disk
 
 A, B, C, D = (f"{index:032x}" for index in range(4))
 
@@ -71,3 +79,27 @@ def test_what_this_node_comes_to_own_is_no_copy_any_more() -> None:
     books.copies.expect(A, is_copy=False)
     with pytest.raises(NotAdmittedError):
         books.choose_victims(30, (), C)
+
+
+async def test_copies_of_which_a_crash_lost_whose_they_are_are_found_again(tmp_path: Path) -> None:
+    """Also what the daemon puts in its place at the start, or counts there anew, is marked once its path is known."""
+    first = Cache(tmp_path)
+    first.put("a", data_of("a", 100))
+    first.crash()
+    found = Cache(tmp_path)
+    assert found.store.space.unknown_digests() == {digest_of("a")}
+
+    async def learn() -> None:
+        found.store.space.learn({digest_of("a"): Origin("s3://x/", "a")})
+
+    cluster: Any = SimpleNamespace(ring=Ring(1, (RingNode("me", 1), RingNode("other", 1 << 60))), node_id="me")
+    mount = SimpleNamespace(opened=SimpleNamespace(store_id="s3://x/"), config=None)
+    engine: Any = SimpleNamespace(mounts=[mount])
+    marks = CopyMarks(cluster, found.store, engine, SystemClock(), lambda config: 1, learn)
+    looking = asyncio.create_task(marks.run())
+    async with asyncio.timeout(10):
+        while not marks.status()["copies_found"]:
+            await asyncio.sleep(0)
+    looking.cancel()
+    assert digest_of("a") in found.accounts.copies
+    found.close()

@@ -31,6 +31,7 @@ from orchestra.daemon.nodes.marks import CopyMarks
 from orchestra.daemon.nodes.mounts import SharedMounts
 from orchestra.daemon.nodes.overview import Overview
 from orchestra.daemon.nodes.presence import Presence
+from orchestra.daemon.space import SpaceAdmin
 from orchestra.engine.engine import Engine
 from orchestra.errors import NotFoundError
 from orchestra.metadata.catalog import Catalog
@@ -49,6 +50,7 @@ class NodeParts(Protocol):
     catalog: Catalog
     engine: Engine
     clock: Clock
+    space: SpaceAdmin
 
 
 class HasControl(Protocol):
@@ -78,7 +80,7 @@ class NodeControl:
         service, shared = cluster.service, cluster.shared
         assert service is not None and shared is not None, "assembly joined them"
         self.doubts = Doubts(cluster, self.calls, service, parts.clock)
-        self.marks = CopyMarks(cluster, blocks, parts.engine, parts.clock, self.replicas_of)
+        self.marks = CopyMarks(cluster, blocks, parts.engine, parts.clock, self.replicas_of, parts.space.adopt)
         cluster.hot, cluster.doubts, cluster.marks = self.hot, self.doubts, self.marks
         service.hot, shared.copies_of, cluster.peers.doubted = self.hot, self.hot.holders, self.doubts.tell
         self.listings = PlacedListings(cluster, self.calls, parts.catalog, parts.mounts, parts.clock)

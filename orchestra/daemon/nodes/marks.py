@@ -9,7 +9,7 @@ Nothing of this is on disk: who owns an extent follows from the ring of now, whi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from orchestra.blocks.rules import Origin
 from orchestra.blocks.store import BlockStore
@@ -36,13 +36,16 @@ class CopyMarks:
         engine: Engine,
         clock: Clock,
         replicas_of: Callable[[MountConfig], int],
+        learn: Callable[[], Awaitable[None]],
     ) -> None:
-        """`replicas_of` tells how many owners an extent of a mount has."""
+        """`replicas_of` tells how many owners an extent of a mount has; `learn` finds out whose the extents are where a
+        crash lost that."""
         self._cluster = cluster
         self._blocks = blocks
         self._engine = engine
         self._clock = clock
         self._replicas_of = replicas_of
+        self._learn = learn
         self._marked = 0
 
     def status(self) -> dict[str, int]:
@@ -51,6 +54,7 @@ class CopyMarks:
 
     async def run(self) -> None:
         """Mark what is there now by each ring of the next minutes."""
+        await self._learn()
         found = self._blocks.space.origins()
         done, until_ns = "", self._clock.now_ns() + _FOLLOWED_NS
         while found and self._clock.now_ns() < until_ns:
