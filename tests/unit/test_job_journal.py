@@ -1,4 +1,4 @@
-"""What is on disk of a job whose states change faster than the disk writes them."""
+"""What is on disk of a job: states that change faster than the disk writes them, and the list that was given."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
 from orchestra.daemon.jobs.journal import Journal
+from orchestra.errors import UsageError
 from tests.support.node import PATIENCE_S
 
 
@@ -85,3 +86,13 @@ async def test_what_is_saved_at_once_is_newer_than_what_waits(tmp_path: Path, di
     disk.may_go.set()
     await journal.settle()
     assert [job.state for job in journal.load()] == [JobState.SUCCEEDED]
+
+
+@pytest.mark.parametrize("data", [b"PAR1\x15\x04\0\0", "00/001\n".encode("utf-16")])
+def test_a_list_that_is_no_text_is_refused(tmp_path: Path, data: bytes) -> None:
+    """A table given by mistake, or UTF-16, is one sentence and leaves nothing: not thousands of failures of garbage."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "list").write_bytes(data)
+    with pytest.raises(UsageError, match=r"list is not text \(it holds a NUL byte\): expected a path a line"):
+        Journal(tmp_path / "jobs").keep_list("1", str(tmp_path / "list"))
+    assert os.listdir(tmp_path / "jobs") == []

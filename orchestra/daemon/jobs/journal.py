@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _FINISHED_JOBS_MAX = 100
 # Failures kept of one job: 20 MB of lines. With more, the store is what has to be mended, and a second load finds them.
 FAILURES_KEPT_MAX = 100_000
+# The beginning of a list, which tells a table or UTF-16 that was given by mistake from paths.
+_LOOKED_AT_BYTES = 65536
 _JOB_FILE = re.compile(rf"{JOB_ID}\.(json|gone)", re.ASCII)
 
 
@@ -154,9 +156,14 @@ class Journal:
     def keep_list(self, job_id: str, source: str) -> None:
         """Copy a list of paths, so that the job does not depend on the file that was given. Raises UsageError."""
         try:
-            shutil.copyfile(source, self._path(job_id, "paths"))
+            with Path(source).open("rb") as listed:
+                is_text = b"\0" not in listed.read(_LOOKED_AT_BYTES)
+            if is_text:
+                shutil.copyfile(source, self._path(job_id, "paths"))
         except OSError as error:
             raise UsageError(f"the list {source} cannot be read: {error.strerror}") from error
+        if not is_text:
+            raise UsageError(f"the list {source} is not text (it holds a NUL byte): expected a path a line, in UTF-8")
 
     def listed_paths(self, job_id: str, base: str) -> Iterator[str]:
         """Yield the paths of the list, read bit by bit; lines without a leading slash start at `base`."""
