@@ -118,6 +118,8 @@ async def _serve(config: Config, *, autostarted: bool, in_background: bool, noti
             log.info("stopping")
     finally:
         await disassemble(node)
+        for number in (signal.SIGTERM, signal.SIGINT):  # the loop, which takes them, is closed next
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _spare_the_collector() -> None:

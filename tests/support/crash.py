@@ -8,6 +8,7 @@ the disk leaves what the step before it leaves, and need not be died at a second
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -157,6 +158,7 @@ def _tell(writing: int, run: Callable[[Fuse], object], fuse: Witness) -> None:
 
 def _in_child(run: Callable[[], object]) -> None:
     status = 1
+    gc.disable()  # what earlier tests left must not be finalized between two steps: they would be others each time
     try:
         run()
         status = 0

@@ -21,7 +21,7 @@ import pytest
 from orchestra.clock import SystemClock
 from orchestra.errors import ConfigError, DaemonUnavailableError, NotFoundError, OrchestraError
 from tests.support.cache import data_of
-from tests.support.node import DaemonNode, daemon_node, folder_daemon_node
+from tests.support.node import PATIENCE_S, DaemonNode, daemon_node, folder_daemon_node
 from tests.support.ram import ram_folder
 from tests.support.reading import read_in_new_process, reading_process, sha256, told_by
 
@@ -117,6 +117,38 @@ def test_a_signal_stops_it_cleanly(node: DaemonNode, number: signal.Signals) -> 
     with closing(sqlite3.connect(node.cache_dir / "index.sqlite3")) as index:
         assert index.execute("SELECT value FROM state WHERE key = 'clean'").fetchone() == (1,)
     assert log_of(node).rstrip().endswith("stopping")
+
+
+# A daemon that gets a second signal at the worst moment: when the loop no longer listens for signals.
+SIGNALLED_TWICE = """
+import os, signal, sys
+from asyncio.selector_events import BaseSelectorEventLoop as Loop
+from orchestra.cli.main import main
+
+close = Loop._close_self_pipe
+
+def close_and_kill(loop):
+    close(loop)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("signalled again", file=sys.stderr)
+
+Loop._close_self_pipe = close_and_kill
+sys.exit(main())
+"""
+
+
+def test_a_signal_while_it_ends_changes_nothing(node: DaemonNode) -> None:
+    """Told again to stop when it nearly has, it ends as if told once, and says nothing of it."""
+    command = [sys.executable, "-c", SIGNALLED_TWICE, "--config", str(node.config_path), "daemon", "run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        while not node.is_running():
+            assert daemon.poll() is None
+        read_all(node)
+        daemon.terminate()
+        _, told = daemon.communicate(timeout=PATIENCE_S)
+    assert daemon.returncode == 0
+    assert "signalled again" in told
+    assert "Traceback" not in told
 
 
 def test_many_that_need_a_daemon_start_one(node: DaemonNode) -> None:
