@@ -253,10 +253,8 @@ class Accounts:
 
     def fits(self, size_bytes: int, name: str) -> bool:
         """Whether there is room (for `name`) without anything having to leave: True is certain, and the usual case."""
-        quota = self._quota(self.origin_of(name)) if self._quotas else None
-        if quota is not None and size_bytes + quota.reserved_bytes + quota.used_bytes > quota.limit_bytes:
-            return False
-        return size_bytes + self._all.reserved_bytes <= self._limit.room_bytes(self._all.used_bytes)
+        origin = self.origin_of(name) if self._quotas else None
+        return size_bytes <= self.room_bytes("" if origin is None else origin.store_id)
 
     # -- victims ---------------------------------------------------------------------------------------------------
 

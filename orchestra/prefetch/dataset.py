@@ -243,9 +243,8 @@ class DatasetPrefetch:
         return spare_bytes
 
     def _margin_bytes(self, mount: OpenedMount) -> int:
-        quota_bytes = mount.config.quota_bytes
-        margin_bytes = self._limits.margin_bytes
-        return margin_bytes if quota_bytes is None else min(margin_bytes, int(quota_bytes * _MARGIN_RATIO))
+        quota_bytes, margin_bytes = mount.config.quota_bytes, self._limits.margin_bytes
+        return margin_bytes if quota_bytes is None else dataset_margin_bytes(quota_bytes, margin_bytes)
 
     async def _pages(self, run: _Run, start: str) -> AsyncGenerator[Page, None]:
         """The files below `start` that were not looked at yet, until the mount is changed or its store fails and
@@ -267,9 +266,9 @@ class DatasetPrefetch:
         return Page(tuple(file for file in page.files if file.wanted.mount is mount), page.path, page.error)
 
 
-def dataset_margin_bytes(cache_size_bytes: int, in_flight_bytes_max: int) -> int:
-    """Return the free space that dataset prefetch leaves alone."""
-    return min(in_flight_bytes_max, int(cache_size_bytes * _MARGIN_RATIO))
+def dataset_margin_bytes(size_bytes: int, margin_bytes_max: int) -> int:
+    """Return the free space that dataset prefetch leaves alone of a cache, or a quota, of that size."""
+    return min(margin_bytes_max, int(size_bytes * _MARGIN_RATIO))
 
 
 def statuses_json(prefetch: DatasetPrefetch) -> list[dict[str, Any]]:
