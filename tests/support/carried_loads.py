@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,27 @@ async def do_carried_load(node: ThreadNode, path: str, **options: Any) -> Job:
     with courier_of(node).held():
         await wait_ready(courier_of(node))
         return await do_load(node, path, **options)
+
+
+async def do_disturbed_load(
+    node: ThreadNode,
+    origin: OriginProcess,
+    path: str,
+    disturb: Callable[[], Awaitable[object]],
+    *,
+    asked: int,
+    latency_ms: int,
+) -> Job:
+    """Load with a courier from a store that is slow until so many objects were asked for, then `disturb` was done."""
+    courier = courier_of(node)
+    with courier.held():
+        await wait_ready(courier)
+        origin.set(latency_ms=latency_ms)
+        loading = asyncio.create_task(do_load(node, path))
+        await wait_asked(origin, asked)
+        await disturb()
+        await asyncio.to_thread(origin.set, latency_ms=0)
+        return await loading
 
 
 def tmp_of(node: ThreadNode) -> list[str]:

@@ -25,7 +25,7 @@ from orchestra.blocks.layout import CacheLayout, prepare
 from orchestra.blocks.store import Placed
 from orchestra.clock import SystemClock
 from orchestra.config import FetchConfig
-from orchestra.daemon.jobs.job import Job, JobState, LoadSpec
+from orchestra.daemon.jobs.job import JobState, LoadSpec
 from orchestra.engine import courier as courier_module
 from orchestra.engine.courier import Courier
 from orchestra.engine.courier_wire import Place, Setup
@@ -50,6 +50,7 @@ from tests.support.carried_loads import (
     counts_of,
     courier_of,
     do_carried_load,
+    do_disturbed_load,
     do_load,
     gets,
     have_couriers,
@@ -150,25 +151,18 @@ def test_a_node_that_closes_takes_all_errands_back(node: ThreadNode, origin: Ori
 @pytest.mark.parametrize("node", [FetchConfig(requests_max=2)], indirect=True, ids=["one turn for loads"])
 def test_a_reader_goes_before_what_waits_for_the_courier(node: ThreadNode, origin: OriginProcess) -> None:
     """Of the files that a load has begun one is asked for, and a later one is read: it is asked for next."""
-    origin.set(latency_ms=500)
     keys = dataset_keys("small", COUNT)
 
-    async def scenario() -> Job:
-        courier = courier_of(node)
+    async def read() -> None:
         engine = node.node.engine
-        with courier.held():
-            await wait_ready(courier)
-            loading = asyncio.create_task(do_load(node, "/data/small"))
-            await wait_asked(origin, 1)
-            wanted = await want(node, keys[23])
-            assert engine.is_coming(wanted)
-            assert await engine.ensure(wanted)
-            behind = [key for key in keys[1:23] if not engine.holds_some(await want(node, key))]
-            await asyncio.to_thread(origin.set, latency_ms=0)
-            assert len(behind) > 0, "those were to be asked for before it"
-            return await loading
+        wanted = await want(node, keys[23])
+        assert engine.is_coming(wanted)
+        assert await engine.ensure(wanted)
+        behind = [key for key in keys[1:23] if not engine.holds_some(await want(node, key))]
+        assert len(behind) > 0, "those were to be asked for before it"
 
-    assert node.run(scenario()).state is JobState.SUCCEEDED
+    job = node.run(do_disturbed_load(node, origin, "/data/small", read, asked=1, latency_ms=500))
+    assert job.state is JobState.SUCCEEDED
 
 
 async def want(node: ThreadNode, key: str) -> Wanted:
@@ -193,19 +187,14 @@ def test_a_courier_that_dies_or_stops_loses_nothing(
 ) -> None:
     """The daemon fetches what was under way itself, the load succeeds, and nothing is left in tmp/."""
     monkeypatch.setattr(courier_module, "_SILENT_S", 0.2)
-    origin.set(latency_ms=300)
 
-    async def scenario() -> Job:
-        courier = courier_of(node)
-        with courier.held():
-            pid = await wait_ready(courier)
-            loading = asyncio.create_task(do_load(node, "/data"))
-            await wait_asked(origin, 1)
-            os.kill(pid, number)
-            await asyncio.to_thread(origin.set, latency_ms=0)
-            return await loading
+    async def strike() -> None:
+        pid = courier_of(node).pid
+        assert pid is not None
+        os.kill(pid, number)
 
-    assert node.run(scenario()).state is JobState.SUCCEEDED
+    job = node.run(do_disturbed_load(node, origin, "/data", strike, asked=1, latency_ms=300))
+    assert job.state is JobState.SUCCEEDED
     check_all(node)
     assert tmp_of(node) == []
     assert node.node.engine.statistics.cache_write_errors == 0

@@ -15,7 +15,7 @@ import pytest
 from common import OriginProcess
 
 from orchestra.blocks.rules import SpaceRules, StoreRule
-from orchestra.daemon.jobs.job import Job, JobState
+from orchestra.daemon.jobs.job import JobState
 from orchestra.units import MIB
 from tests.support.carried_loads import (
     BLOCKS,
@@ -27,12 +27,10 @@ from tests.support.carried_loads import (
     counts_of,
     courier_of,
     do_carried_load,
-    do_load,
+    do_disturbed_load,
     gets,
     have_couriers,
     tmp_of,
-    wait_asked,
-    wait_ready,
 )
 from tests.support.node import PATIENCE_S, ThreadNode
 from tests.support.ram import needs_root, ram_folder, small_disk
@@ -101,19 +99,13 @@ def test_a_disk_that_fills_up_under_a_courier(
         path = "/data/large" if is_warm else "/data"
         before = courier_of(node).carried
 
-        async def scenario() -> Job:
-            with courier_of(node).held():
-                await wait_ready(courier_of(node))
-                origin.call("/__reset")
-                origin.set(latency_ms=1000)
-                loading = asyncio.create_task(do_load(node, path))
-                await wait_asked(origin, 6)
-                fill(disk / "other")
-                assert courier_of(node).carried == before, "what is under way meets a full disk"
-                await asyncio.to_thread(origin.set, latency_ms=0)
-                return await loading
+        origin.call("/__reset")
 
-        job = node.run(scenario())
+        async def fill_disk() -> None:
+            fill(disk / "other")
+            assert courier_of(node).carried == before, "what is under way meets a full disk"
+
+        job = node.run(do_disturbed_load(node, origin, path, fill_disk, asked=6, latency_ms=1000))
         assert job.state is JobState.FAILED
         assert courier_of(node).carried < BLOCKS
         assert node.node.engine.statistics.cache_write_errors > 0
@@ -140,18 +132,11 @@ def fill(path: Path) -> None:
 def test_a_mount_that_goes_while_its_files_are_carried(node: ThreadNode, origin: OriginProcess) -> None:
     """What the load began goes on, nothing stays of it, and with the mount back readers ask for nothing."""
 
-    async def scenario() -> Job:
-        with courier_of(node).held():
-            await wait_ready(courier_of(node))
-            origin.set(latency_ms=300)
-            loading = asyncio.create_task(do_load(node, "/data"))
-            await wait_asked(origin, 10)
-            node.node.mounts.reload(dataclasses.replace(node.config, mounts=()))
-            assert courier_of(node).carried < BLOCKS
-            await asyncio.to_thread(origin.set, latency_ms=0)
-            return await loading
+    async def unmount() -> None:
+        node.node.mounts.reload(dataclasses.replace(node.config, mounts=()))
+        assert courier_of(node).carried < BLOCKS
 
-    job = node.run(scenario())
+    job = node.run(do_disturbed_load(node, origin, "/data", unmount, asked=10, latency_ms=300))
     assert (job.state, job.files_done) == (JobState.SUCCEEDED, COUNT + LARGE_COUNT)
 
     async def mount_again() -> None:
@@ -167,18 +152,12 @@ def test_a_mount_that_goes_while_its_files_are_carried(node: ThreadNode, origin:
 def test_what_is_freed_while_it_is_carried_is_loaded_again(node: ThreadNode, origin: OriginProcess) -> None:
     """A load ends well only with everything there, also if somebody frees half of it meanwhile."""
 
-    async def scenario() -> Job:
-        with courier_of(node).held():
-            await wait_ready(courier_of(node))
-            origin.set(latency_ms=100)
-            loading = asyncio.create_task(do_load(node, "/data"))
-            await wait_asked(origin, 60)
-            freed = await node.node.space.free("/data")
-            assert freed.freed_bytes > 0
-            await asyncio.to_thread(origin.set, latency_ms=0)
-            return await loading
+    async def free() -> None:
+        freed = await node.node.space.free("/data")
+        assert freed.freed_bytes > 0
 
-    assert node.run(scenario()).state is JobState.SUCCEEDED
+    job = node.run(do_disturbed_load(node, origin, "/data", free, asked=60, latency_ms=100))
+    assert job.state is JobState.SUCCEEDED
     asked = gets(origin)
     assert asked > BLOCKS
     check_all(node)
