@@ -7,8 +7,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip compiles what it installs in one process, a minute of it; this takes all cores. Some files are no Python 3.
+# pip compiles what it installs in one process, a minute of it; COMPILE takes all cores. Some files are no Python 3.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 COMPILE := $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -38,24 +38,24 @@ $(VENV)/.made:
 # with a GPU, and one that has no "+cpu" builds at all (macOS), gets the plain release.
 $(VENV)/.torch: $(VENV)/.made
 	@if nvidia-smi -L >/dev/null 2>&1 || [ "$$(uname -s)" != Linux ]; then \
-		echo 'installing torch $(TORCH)'; $(PIP) install --quiet --quiet --no-compile 'torch==$(TORCH)'; \
+		echo 'installing torch $(TORCH)'; $(INSTALL) 'torch==$(TORCH)'; \
 	else \
 		echo 'installing torch $(TORCH), CPU build'; \
-		$(PIP) install --quiet --quiet --no-compile 'torch==$(TORCH)+cpu' 2>/dev/null || \
-		$(PIP) install --quiet --quiet --no-compile --extra-index-url '$(TORCH_INDEX)' 'torch==$(TORCH)+cpu'; \
+		$(INSTALL) 'torch==$(TORCH)+cpu' 2>/dev/null || \
+		$(INSTALL) --extra-index-url '$(TORCH_INDEX)' 'torch==$(TORCH)+cpu'; \
 	fi
 	@$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $@
 
 # The stamp of torch is also the constraint that keeps it as it is.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo 'installing orchestra and what the demo needs'
-	@$(PIP) install --quiet --quiet --no-compile --constraint $(VENV)/.torch --editable '.[demo]'
+	@$(INSTALL) --constraint $(VENV)/.torch --editable '.[demo]'
 	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@echo 'installing orchestra and what the tests need'
-	@$(PIP) install --quiet --quiet --no-compile --constraint $(VENV)/.torch --editable '.[demo,dev,s3,torch]'
+	@$(INSTALL) --constraint $(VENV)/.torch --editable '.[demo,dev,s3,torch]'
 	@$(COMPILE)
 	@touch $@ $(VENV)/.demo
 
